@@ -1,0 +1,175 @@
+"""Slot F: preference losses, from scores of the candidates of a group to one number a group.
+
+Pair losses see d = u_0 - u_1, the difference of the two candidates, and p, the probability that candidate 0 is preferred; a
+loss with a soft p is p L(d) + (1 - p) L(-d), so that swapping candidates together with the target changes nothing. Listwise
+losses see all candidates, each relative to one of them. Pointwise losses see absolute scores.
+
+Flags: ``shift_invariant``: adding a constant to all scores of a group changes nothing, so links with an unknown constant are
+allowed. ``convex_in_difference``: the expectation over timesteps may be moved outside the loss, which is then an upper bound
+(Jensen); otherwise it is a heuristic. ``group_separable``: a group's loss does not depend on other groups of the batch.
+
+Letters: G groups, K candidates in a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyalign.core.errors import UserError
+from polyalign.core.objectives.view import View
+from polyalign.core.objectives.weights import Reduced
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores u = kappa (beta phi(r) + o) of a batch, in the three forms that losses take.
+
+    ``difference`` (G,): u_0 - u_1, jointly stable; None unless K = 2. ``relative`` (G, K): u up to a constant of the group,
+    jointly stable. ``absolute`` (G, K): u itself. ``reduced`` and ``view`` are for losses that need more (AOT, KTO).
+    """
+
+    difference: Tensor | None
+    relative: Tensor
+    absolute: Tensor
+    reduced: Reduced
+    view: View
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """(d, p) for a pair loss called ``name``.
+
+        Raises:
+            UserError: groups of another size than two.
+        """
+        self.view.require_pair(f"the {name} loss")
+        assert self.difference is not None
+        return self.difference, self.view.target[:, 0]
+
+
+class PreferenceLoss(Protocol):
+    """``loss(scored) -> (G,)``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shift_invariant(self) -> bool: ...
+
+    @property
+    def convex_in_difference(self) -> bool: ...
+
+    @property
+    def group_separable(self) -> bool: ...
+
+    def __call__(self, scored: Scored) -> Tensor: ...
+
+
+def logistic_with_flips(difference: Tensor, flip: Tensor) -> Tensor:
+    """-(1 - e) log sigmoid(d) - e log sigmoid(-d) = softplus(-d) + e d, elementwise, for any real flip weight e.
+
+    Written for the side that holds more than half the weight, so that neither form cancels; log 2 exactly at d = 0.
+    """
+    swapped = flip > 0.5
+    difference = torch.where(swapped, -difference, difference)
+    flip = torch.where(swapped, 1.0 - flip, flip)
+    return flip * difference - F.logsigmoid(difference)
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not 0.0 <= smoothing < 0.5:
+        raise UserError(
+            f"label_smoothing is the share of labels taken to be wrong: 0 or more and less than 0.5, found {smoothing}"
+        )
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """-log sigmoid(d), DPO (arXiv 2305.18290, Eq. 7); with ``label_smoothing`` e the cross-entropy to labels wrong with
+    probability e (cDPO, eric-mitchell/direct-preference-optimization): -(1-e) log sigmoid(d) - e log sigmoid(-d)."""
+
+    label_smoothing: float = 0.0
+    name: str = "logistic"
+    shift_invariant: bool = True
+    convex_in_difference: bool = True
+    group_separable: bool = True
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
+    def __call__(self, scored: Scored) -> Tensor:
+        difference, p = scored.pair(self.name)
+        return logistic_with_flips(difference, (1.0 - p) + self.label_smoothing * (2.0 * p - 1.0))
+
+
+@dataclass(frozen=True)
+class Robust:
+    """[-(1-e) log sigmoid(d) + e log sigmoid(-d)] / (1 - 2e): unbiased when labels are flipped with probability e < 1/2 (robust
+    DPO, arXiv 2403.00409). Equals softplus(-d) - e d / (1 - 2e), so it is convex like the logistic loss and unbounded below."""
+
+    label_smoothing: float
+    name: str = "robust"
+    shift_invariant: bool = True
+    convex_in_difference: bool = True
+    group_separable: bool = True
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
+    def __call__(self, scored: Scored) -> Tensor:
+        difference, p = scored.pair(self.name)
+        correction = self.label_smoothing / (1.0 - 2.0 * self.label_smoothing)
+        return logistic_with_flips(difference, (1.0 - p) - correction * (2.0 * p - 1.0))
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """max(0, margin - d) (SLiC, RSO); the gradient at the kink is 0, as in torch."""
+
+    margin: float = 1.0
+    name: str = "hinge"
+    shift_invariant: bool = True
+    convex_in_difference: bool = True
+    group_separable: bool = True
+
+    def __call__(self, scored: Scored) -> Tensor:
+        difference, p = scored.pair(self.name)
+        return p * F.relu(self.margin - difference) + (1.0 - p) * F.relu(self.margin + difference)
+
+
+@dataclass(frozen=True)
+class Square:
+    """(d - t (2p - 1))^2: a regression of the difference on ``target`` t for a certain label, 0 for a tie, -t for the opposite.
+
+    IPO (arXiv 2310.12036, Eq. 17) has t = 1/(2 tau). For a soft p it is online IPO (arXiv 2403.08635) up to the constant
+    p (1 - p) / tau^2, which has no gradient.
+    """
+
+    target: float
+    name: str = "square"
+    shift_invariant: bool = True
+    convex_in_difference: bool = True
+    group_separable: bool = True
+
+    def __call__(self, scored: Scored) -> Tensor:
+        difference, p = scored.pair(self.name)
+        return (difference - self.target * (2.0 * p - 1.0)).square()
+
+
+@dataclass(frozen=True)
+class Listwise:
+    """-sum_k q_k log softmax(u)_k with q the target over K candidates (ADPO, arXiv 2510.18913). With K = 2 and q = (1-e, e) it
+    is cDPO with label smoothing e."""
+
+    name: str = "listwise cross-entropy"
+    shift_invariant: bool = True
+    convex_in_difference: bool = True
+    group_separable: bool = True
+
+    def __call__(self, scored: Scored) -> Tensor:
+        target = scored.view.target
+        parts = target * F.log_softmax(scored.relative, dim=1)
+        return -torch.where(target > 0, parts, torch.zeros_like(parts)).sum(1)

@@ -1,0 +1,94 @@
+"""What the slots of an objective see: one comparison under one pair of seats.
+
+Letters: G groups, K candidates in a group, U units of a candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polyalign.core.candidates import Batch
+from polyalign.core.errors import UserError
+from polyalign.core.scores import Scores
+
+VALUE = frozenset({"value"})
+NOTHING: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch as a term sees it: ``policy`` and ``reference`` are the scores of the seats that the term names, ``scores`` are
+    all seats (a token guide, a mismatched completion), ``beta`` is the effective factor on the log-ratio
+    (``Beta.effective``)."""
+
+    policy: Scores
+    reference: Scores | None
+    batch: Batch
+    scores: Mapping[str, Scores]
+    beta: float | Tensor
+
+    def __post_init__(self) -> None:
+        groups, candidates = self.policy.values.shape[:2]
+        if tuple(self.batch.target.shape) != (groups, candidates):
+            raise ValueError(
+                f"scores of {groups} groups with {candidates} candidates, but targets of shape {tuple(self.batch.target.shape)}"
+            )
+        if self.reference is not None and self.reference.values.shape != self.policy.values.shape:
+            raise ValueError(
+                f"policy scores have shape {tuple(self.policy.values.shape)} (groups, candidates, units) and reference scores "
+                f"{tuple(self.reference.values.shape)}: both must be taken on the same units"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all arithmetic: that of the policy's values, float32 at the least."""
+        return torch.promote_types(self.policy.values.dtype, torch.float32)
+
+    @property
+    def policy_values(self) -> Tensor:
+        """(G, K, U), with gradient."""
+        return self.policy.values.to(self.dtype)
+
+    @property
+    def reference_values(self) -> Tensor:
+        """(G, K, U); zeros where there is no reference."""
+        if self.reference is None:
+            return torch.zeros_like(self.policy_values)
+        return self.reference.values.to(self.policy_values)
+
+    @property
+    def target(self) -> Tensor:
+        """(G, K), the distribution of preference over the candidates."""
+        return self.batch.target.to(self.policy_values)
+
+    @property
+    def chosen(self) -> Tensor:
+        """(G,), index of the preferred candidate; the first one in a tie."""
+        return self.target.argmax(1)
+
+    @property
+    def is_chosen(self) -> Tensor:
+        """(G, K) bool, true at the preferred candidate."""
+        places = torch.arange(self.target.shape[1], device=self.target.device)
+        return places == self.chosen.unsqueeze(1)
+
+    def of_chosen(self, values: Tensor) -> Tensor:
+        """The preferred candidate's entry of ``values`` (G, K): (G,)."""
+        return values.gather(1, self.chosen.unsqueeze(1)).squeeze(1)
+
+    def with_policy_values(self, values: Tensor) -> View:
+        """The same view with other policy values (G, K, U)."""
+        return replace(self, policy=replace(self.policy, values=values))
+
+    def require_pair(self, what: str) -> None:
+        """Raises UserError unless every group has exactly two candidates."""
+        candidates = self.target.shape[1]
+        if candidates != 2:
+            raise UserError(
+                f"{what} compares two candidates, but the groups of this batch have {candidates}. "
+                "Make pairs (pairs.mode: best_worst or all_pairs), or take a listwise objective."
+            )

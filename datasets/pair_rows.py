@@ -1,0 +1,173 @@
+"""Rows of the pair store: the schema, a row to its stored form and back, and what can be wrong with one.
+
+A row in memory is a mapping::
+
+    pair_id          str, unique in the store
+    condition        {"prompt": str, "task": str (optional), anything JSON can hold}
+    chosen, rejected PIL pictures, or the bytes of a picture file, which are kept as they are
+    chosen_scores, rejected_scores   {judge name: float}
+    provenance       {"model", "model_hash": str or None, "chosen_seed", "rejected_seed": int or None,
+                      "sampler", "judges": anything JSON can hold}
+
+In the file ``condition`` is a struct of ``prompt``, ``task`` and ``metadata`` (JSON text of the rest) and ``sampler`` and
+``judges`` are JSON text, so that every shard has the same schema whatever the rows hold: parquet files whose structs differ do
+not open as one data set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from polyalign.datasets.pictures import decode, encode_png
+
+PICTURES = ("chosen", "rejected")
+SCORES = ("chosen_scores", "rejected_scores")
+_CONDITION = {"prompt": "string", "task": "string", "metadata": "string"}
+_PROVENANCE = {
+    "model": "string",
+    "model_hash": "string",
+    "chosen_seed": "int64",
+    "rejected_seed": "int64",
+    "sampler": "string",
+    "judges": "string",
+}
+_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
+
+
+def schema_of(judges: Sequence[str]) -> pa.Schema:
+    """The arrow schema with ``judges`` as score columns, and the note by which Hugging Face ``datasets`` knows the pictures."""
+    structs = {
+        "condition": _CONDITION,
+        **dict.fromkeys(SCORES, dict.fromkeys(judges, "float64")),
+        "provenance": _PROVENANCE,
+    }
+    order = ("pair_id", "condition", *PICTURES, *SCORES, "provenance")
+    fields, features = [], {}
+    for name in order:
+        if name in structs:
+            kinds = structs[name]
+            fields.append(pa.field(name, pa.struct([pa.field(key, _TYPES[kind]) for key, kind in kinds.items()])))
+            features[name] = {key: {"dtype": kind, "_type": "Value"} for key, kind in kinds.items()}
+        elif name in PICTURES:
+            fields.append(pa.field(name, pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])))
+            features[name] = {"_type": "Image"}
+        else:
+            fields.append(pa.field(name, pa.string()))
+            features[name] = {"dtype": "string", "_type": "Value"}
+    note = json.dumps({"info": {"features": features}}, sort_keys=True)
+    return pa.schema(fields, metadata={"huggingface": note})
+
+
+def to_stored(row: Mapping[str, Any], judges: Sequence[str]) -> dict[str, Any]:
+    """One row as the file holds it.
+
+    Raises:
+        ValueError: the row's judges are not the store's, so the shards would not open as one data set.
+        TypeError: something in the condition or provenance that JSON cannot hold.
+    """
+    for side in SCORES:
+        if set(row[side]) != set(judges):
+            raise ValueError(f"pair {row['pair_id']!r}: {side} of {sorted(row[side])}, but this store's judges are {sorted(judges)}")
+    condition = dict(row["condition"])
+    prompt, task = condition.pop("prompt"), condition.pop("task", None)
+    provenance = {name: row["provenance"].get(name) for name in _PROVENANCE}
+    return {
+        "pair_id": row["pair_id"],
+        "condition": {"prompt": prompt, "task": task, "metadata": _json(condition)},
+        **{side: _stored_picture(row[side]) for side in PICTURES},
+        **{side: {name: float(row[side][name]) for name in judges} for side in SCORES},
+        "provenance": {**provenance, "sampler": _json(provenance["sampler"] or {}), "judges": _json(provenance["judges"] or {})},
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _stored_picture(picture: Image.Image | bytes) -> dict[str, Any]:
+    return {"bytes": picture if isinstance(picture, bytes) else encode_png(picture), "path": None}
+
+
+def from_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored row as the trainer reads it: pictures decoded to RGB, JSON text opened."""
+    condition, provenance = stored["condition"], stored["provenance"]
+    task = {} if condition.get("task") is None else {"task": condition["task"]}
+    opened = {name: json.loads(provenance[name] or "{}") for name in ("sampler", "judges")}
+    return {
+        **stored,
+        "condition": {"prompt": condition["prompt"], **task, **json.loads(condition.get("metadata") or "{}")},
+        **{side: decode(stored[side]["bytes"]) for side in PICTURES},
+        "provenance": {**provenance, **opened},
+    }
+
+
+def schema_problems(schema: pa.Schema) -> list[str]:
+    """Columns that are missing or of another type than :func:`schema_of` gives; extra columns are allowed."""
+    problems = []
+    for field in schema_of(()):
+        if field.name not in schema.names:
+            problems.append(f"column '{field.name}' is missing; columns: {', '.join(schema.names)}")
+            continue
+        found = schema.field(field.name).type
+        if field.name in SCORES:
+            if not pa.types.is_struct(found) or any(not pa.types.is_floating(part.type) for part in found):
+                problems.append(f"column '{field.name}' must be a struct with a number for each judge, found {found}")
+        elif pa.types.is_struct(field.type):
+            parts = {part.name: part.type for part in found} if pa.types.is_struct(found) else None
+            needed = ["prompt"] if field.name == "condition" else ["bytes"] if field.name in PICTURES else list(_PROVENANCE)
+            if parts is None or any(parts.get(name) != field.type.field(name).type for name in needed):
+                problems.append(f"column '{field.name}' must be {field.type}, found {found}")
+        elif found != field.type:
+            problems.append(f"column '{field.name}' must be {field.type}, found {found}")
+    return problems
+
+
+def row_problems(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(column, what is wrong) of one stored row whose columns have the right types."""
+    problems: list[tuple[str, str]] = []
+    if not stored["pair_id"]:
+        problems.append(("pair_id", "is empty"))
+    condition = stored["condition"] or {}
+    if not (condition.get("prompt") or "").strip():
+        problems.append(("condition", "the caption (prompt) is missing or empty"))
+    problems += _json_problems("condition", condition, ("metadata",), must_be_object=True)
+    problems += _json_problems("provenance", stored["provenance"] or {}, ("sampler", "judges"))
+    for side in PICTURES:
+        picture = stored[side] or {}
+        if not picture.get("bytes"):
+            where = f"only the path {picture['path']!r}" if picture.get("path") else "no picture"
+            problems.append((side, f"holds {where}; the store keeps the picture's bytes"))
+            continue
+        try:
+            decode(picture["bytes"])
+        except ValueError as error:
+            problems.append((side, str(error)))
+    for side in SCORES:
+        for judge, score in (stored[side] or {}).items():
+            if score is None or not math.isfinite(score):
+                problems.append((side, f"judge '{judge}' gave {score}, expected a finite number"))
+    return problems
+
+
+def _json_problems(
+    column: str, part: Mapping[str, Any], names: Sequence[str], *, must_be_object: bool = False
+) -> list[tuple[str, str]]:
+    problems = []
+    for name in names:
+        text = part.get(name)
+        if not text:
+            continue
+        try:
+            opened = json.loads(text)
+        except json.JSONDecodeError as error:
+            problems.append((column, f"'{name}' is not JSON: {error.msg} at character {error.pos}"))
+            continue
+        if must_be_object and not isinstance(opened, dict):
+            problems.append((column, f"'{name}' must be a JSON object, found {type(opened).__name__}"))
+    return problems

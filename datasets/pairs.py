@@ -1,0 +1,192 @@
+"""The pair store: a folder of parquet shards that Hugging Face ``datasets`` opens, written so that nothing is lost.
+
+A shard is there whole or not at all (:mod:`polyalign.datasets.files`) and its bytes depend on its rows alone: no time stamps,
+fixed writer options. So an interrupted generation goes on at the first missing shard and ends with the bytes it would have
+had, and ``content_hash`` names the store. :mod:`polyalign.datasets.pair_rows` has the columns.
+
+Opening ``datasets`` takes seconds and copies the store into its cache; the trainer therefore reads rows from the shards
+themselves, a few at a time (row groups of 8).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from polyalign.core.errors import UserError
+from polyalign.datasets.files import atomic_write, listed, remove_unfinished
+from polyalign.datasets.pair_rows import from_stored, row_problems, schema_of, schema_problems, to_stored
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROW_GROUP = 8  # rows read together: small, since training reads rows in random order
+_SHARD = re.compile(r"pairs-(\d{5})\.parquet")
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A parquet file in memory with every option fixed, so that equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP,
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    return sink.getvalue().to_pybytes()
+
+
+class PairStore:
+    """A pair store in ``folder``, which need not exist yet. Also what the trainer takes as data (``__len__`` and ``rows``)."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._opened: tuple[list[pq.ParquetFile], list[tuple[int, int]]] | None = None
+
+    def shard_path(self, index: int) -> Path:
+        return self.folder / f"pairs-{index:05d}.parquet"
+
+    def shards(self) -> list[Path]:
+        """Finished shards in order; temporary files of a killed run are none."""
+        return sorted(path for path in self.folder.glob("pairs-*.parquet") if _SHARD.fullmatch(path.name))
+
+    def missing(self, total: int) -> list[int]:
+        """Indices below ``total`` whose shard is not there yet."""
+        return [index for index in range(total) if not self.shard_path(index).is_file()]
+
+    def write_shard(self, index: int, rows: Sequence[Mapping[str, Any]], *, judges: Iterable[str] | None = None) -> Path:
+        """Write shard ``index`` (zero rows are allowed, then name the ``judges``) and return its path.
+
+        Raises:
+            UserError: the disk is full; shards finished before are kept.
+            ValueError: rows with different judges, or no rows and no judges.
+        """
+        names = sorted(judges if judges is not None else rows[0]["chosen_scores"] if rows else ())
+        if not names:
+            raise ValueError("a shard needs at least one judge: parquet has no empty structs. Name them in 'judges'")
+        table = pa.Table.from_pylist([to_stored(row, names) for row in rows], schema=schema_of(names))
+        path = self.shard_path(index)
+        atomic_write(path, table_bytes(table))
+        self._opened = None
+        return path
+
+    def clear(self) -> None:
+        """Remove the shards and what a killed run left; other files in the folder stay."""
+        remove_unfinished(self.folder)
+        for path in self.shards():
+            path.unlink()
+        self._opened = None
+
+    def __len__(self) -> int:
+        return len(self._open_shards()[1])
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows by their position in the store, in the order asked for; only these rows' pictures are decoded.
+
+        Raises:
+            IndexError: no such row. UserError: a picture of these rows does not decode.
+        """
+        files, places = self._open_shards()
+        groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        rows = []
+        for index in indices:
+            if not 0 <= index < len(places):
+                raise IndexError(f"row {index} of a store with {len(places)} rows")
+            shard, row = places[index]
+            group = (shard, row // ROW_GROUP)
+            if group not in groups:
+                groups[group] = files[shard].read_row_group(group[1]).to_pylist()
+            rows.append(self._decoded(groups[group][row % ROW_GROUP], shard, row))
+        return rows
+
+    def _decoded(self, stored: dict[str, Any], shard: int, row: int) -> dict[str, Any]:
+        try:
+            return from_stored(stored)
+        except (ValueError, TypeError, KeyError) as error:
+            problems = row_problems(stored) or [("row", str(error))]
+            raise UserError(_place(self.shards()[shard].name, row, stored, problems[0])) from error
+
+    def _open_shards(self) -> tuple[list[pq.ParquetFile], list[tuple[int, int]]]:
+        """Open files and, for every row of the store, (shard, row in the shard)."""
+        if self._opened is None:
+            files = [_open(path) for path in self._shards_or_error()]
+            places = [(shard, row) for shard, file in enumerate(files) for row in range(file.metadata.num_rows)]
+            self._opened = (files, places)
+        return self._opened
+
+    def _shards_or_error(self) -> list[Path]:
+        shards = self.shards()
+        if not shards:
+            raise UserError(f"{self.folder}: no pair store here (no files pairs-00000.parquet and so on). Run 'generate' first")
+        return shards
+
+    def open(self) -> Dataset:
+        """The store as a Hugging Face data set, pictures as ``Image`` columns."""
+        from datasets import load_dataset
+
+        return load_dataset("parquet", data_files=[str(path) for path in self._shards_or_error()], split="train")
+
+    def content_hash(self) -> str:
+        """SHA-256 over the shards' numbers and bytes, in order."""
+        digest = hashlib.sha256()
+        for path in self._shards_or_error():
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def validate(self) -> int:
+        """Check every row of every shard and return the number of rows.
+
+        Raises:
+            UserError: anything that is wrong, all of it at once (the first 20 are shown), each with shard, row, pair_id, column.
+        """
+        shards, problems, seen = self._shards_or_error(), [], {}
+        numbers = [int(_SHARD.fullmatch(path.name)[1]) for path in shards]  # pyright: ignore[reportOptionalSubscript]
+        gaps = sorted(set(range(numbers[-1])) - set(numbers))
+        problems += [f"shard pairs-{index:05d}.parquet is missing: the generation was interrupted, run it again" for index in gaps]
+        for path in shards:
+            problems += _shard_problems(path, seen)
+        if problems:
+            raise UserError(f"{self.folder}: {len(problems)} problem(s) in this pair store:\n{listed(problems)}")
+        return len(seen)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {error}. Delete it and run 'generate' again") from error
+
+
+def _shard_problems(path: Path, seen: dict[str, str]) -> list[str]:
+    """What is wrong with one shard; ``seen`` collects where each pair_id was."""
+    try:
+        file = _open(path)
+        problems = [f"{path.name}: {problem}" for problem in schema_problems(file.schema_arrow)]
+        if problems:
+            return problems
+        row = 0
+        for batch in file.iter_batches(batch_size=ROW_GROUP):
+            for stored in batch.to_pylist():
+                problems += [_place(path.name, row, stored, problem) for problem in row_problems(stored)]
+                place = f"{path.name} row {row}"
+                first = seen.setdefault(stored["pair_id"] or place, place)
+                if first != place:
+                    problems.append(_place(path.name, row, stored, ("pair_id", f"was used before, at {first}")))
+                row += 1
+        return problems
+    except (UserError, pa.ArrowInvalid, OSError) as error:
+        return [str(error)]
+
+
+def _place(shard: str, row: int, stored: Mapping[str, Any], problem: tuple[str, str]) -> str:
+    return f"{shard} row {row} (pair_id {stored.get('pair_id')!r}), column '{problem[0]}': {problem[1]}"

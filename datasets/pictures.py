@@ -1,0 +1,45 @@
+"""Pictures as bytes: one way to encode, one way to decode, one way to say two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for pictures it cannot read: cut off, damaged, of another kind, or absurdly large."""
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Lossless RGB bytes without metadata; the same pixels give the same bytes on one machine."""
+    plain = Image.frombytes("RGB", image.size, image.convert("RGB").tobytes())  # a copy without the original's metadata
+    buffer = io.BytesIO()
+    plain.save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def decode(content: bytes) -> Image.Image:
+    """An RGB picture, decoded to the last row, turned upright (EXIF), transparency laid on white.
+
+    Raises:
+        ValueError: the bytes are not a whole picture.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                layer = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+            return upright.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not a picture in a format that can be read ({len(content)} bytes)") from error
+    except UNREADABLE as error:
+        raise ValueError(f"a picture that does not decode: {error}") from error
+
+
+def fingerprint(image: Image.Image) -> str:
+    """SHA-256 of size and RGB pixels: equal exactly when the pictures are."""
+    rgb = image.convert("RGB")
+    return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()

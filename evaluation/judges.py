@@ -1,0 +1,124 @@
+"""The judges by name. One visible table of ours; others' come through the entry-point group ``polyalign.judges``.
+
+A package adds a judge with, in its own ``pyproject.toml``::
+
+    [project.entry-points."polyalign.judges"]
+    mine = "my_package.my_module:MyJudge"
+
+Recipes name judges and never import paths, so that reading a stranger's recipe runs no code that is not installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol
+
+from polyalign.core.adapter import Judge
+from polyalign.core.errors import UserError
+
+GROUP = "polyalign.judges"
+
+JUDGES: Mapping[str, str] = {
+    "shapes": "polyalign.datasets.worlds.shapes:ShapesJudge",
+    "saturation": "polyalign.evaluation.image_statistics:SaturationJudge",
+    "high_frequency": "polyalign.evaluation.image_statistics:HighFrequencyJudge",
+    "clipping": "polyalign.evaluation.image_statistics:ClippingJudge",
+}
+
+
+class JudgeSpec(Protocol):
+    """What a recipe says of a judge (``JudgeConfig`` of the recipe has these)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+class Panel:
+    """Several judges as one: the weighted sum of their scores. A single judge of weight 1 scores as itself."""
+
+    def __init__(self, judges: Sequence[Judge], weights: Sequence[float]):
+        self.judges = list(judges)
+        self.weights = [float(weight) for weight in weights]
+        terms = zip(self.judges, self.weights, strict=True)
+        self.name = " + ".join(judge.name if weight == 1 else f"{weight:g} {judge.name}" for judge, weight in terms)
+        self.version = "+".join(judge.version for judge in self.judges)
+
+    def score(self, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]:
+        """sum_j weight_j * score_j, a number for each output."""
+        totals = [0.0] * len(outputs)
+        for judge, weight in zip(self.judges, self.weights, strict=True):
+            scores = judge.score(conditions, outputs)
+            totals = [total + weight * score for total, score in zip(totals, scores, strict=True)]
+        return totals
+
+
+def names() -> list[str]:
+    """Every judge that can be built here: ours, then those of installed packages."""
+    return [*JUDGES, *sorted(set(_installed()) - set(JUDGES))]
+
+
+def build(spec: JudgeSpec) -> Judge:
+    """The judge a recipe names, made with its options as keyword arguments. ``weight`` is :func:`panel`'s business.
+
+    Raises:
+        UserError: no judge of that name, it does not import, it refuses the options, or what it makes is no judge.
+    """
+    maker = _maker(spec.name)
+    try:
+        judge = maker(**dict(spec.options))
+    except TypeError as error:
+        raise UserError(f"the judge '{spec.name}' cannot be made with the options {dict(spec.options)}: {error}") from error
+    absent = [part for part in ("name", "version", "score") if not hasattr(judge, part)]
+    if absent:
+        raise UserError(
+            f"the judge '{spec.name}' made a {type(judge).__name__} without {', '.join(absent)}; a judge has a name, a version "
+            "and score(conditions, outputs) -> list of floats, higher for better"
+        )
+    return judge
+
+
+def panel(specs: Sequence[JudgeSpec]) -> Judge:
+    """One judge from the recipe's list: the judge itself if it is alone with weight 1, else the weighted sum of all.
+
+    Raises:
+        UserError: the list is empty, or one of them cannot be built (see :func:`build`).
+    """
+    if not specs:
+        raise UserError(f"no judge is named; choose one or more of: {', '.join(names())}")
+    judges = [build(spec) for spec in specs]
+    if len(judges) == 1 and specs[0].weight == 1:
+        return judges[0]
+    return Panel(judges, [spec.weight for spec in specs])
+
+
+def _maker(name: str) -> Any:
+    installed = _installed()
+    if name in JUDGES:
+        path = JUDGES[name]
+    elif name in installed:
+        path = installed[name].value
+    else:
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise UserError(
+            f"there is no judge '{name}'; {hint}Known here: {', '.join(names())}. A judge of your own comes from an installed "
+            f"package with an entry point in the group '{GROUP}'"
+        )
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the judge '{name}' ({path}) does not import here: {error}") from error
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}

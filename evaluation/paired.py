@@ -1,0 +1,195 @@
+"""Base against aligned on the same prompts and seeds: everything that goes into ``evaluation.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from polyalign.core.adapter import Judge
+from polyalign.core.errors import UserError
+from polyalign.core.randomness import seed_of
+from polyalign.evaluation.image_statistics import IMAGE_STATISTICS
+from polyalign.evaluation.statistics import bootstrap_mean, paired_win_rate
+
+Statistics = Mapping[str, Callable[[Any], float]]
+
+
+def evaluate_paired(
+    base_outputs: Sequence[Any],
+    aligned_outputs: Sequence[Any],
+    conditions: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    judges: Sequence[Judge],
+    *,
+    seed: int,
+    base_images: Sequence[str] | None = None,
+    aligned_images: Sequence[str] | None = None,
+    arms: Mapping[str, Sequence[Any]] | None = None,
+    artefacts: Statistics | None = None,
+    tie_margin: float = 0.0,
+) -> dict[str, Any]:
+    """Judge both models' outputs and compare them pair by pair.
+
+    Args:
+        base_outputs, aligned_outputs: output i of both was made from ``conditions[i]`` with ``seeds[i]``.
+        conditions: each has "prompt" and may have "task", which groups the per-task table.
+        judges: the first decides the win rate and the items; the others are reported beside it, under ``other_judges``.
+        seed: the run's seed; keys the bootstrap.
+        base_images, aligned_images: paths of the outputs, relative to the run folder, for the report.
+        arms: outputs of further models on the same prompts and seeds ("sft"), compared with the base and with the aligned.
+        artefacts: statistics of one output that should not run away; None takes the picture statistics for pictures.
+        tie_margin: first judge's scores that differ by no more are a tie.
+
+    Returns:
+        The content of evaluation.json. Beyond the plain blocks: ``artefacts`` (:func:`compare_statistics`), in each arm its
+        ``scores`` and ``aligned_over_this``, and ``judge.broken_below`` where the judge has that attribute.
+
+    Raises:
+        UserError: nothing to compare, lengths that differ, or a judge that returns something else than finite numbers.
+    """
+    arms = arms or {}
+    _check_lengths(conditions, {"base": base_outputs, "aligned": aligned_outputs, "seeds": seeds, **arms})
+    if not judges:
+        raise UserError("an evaluation needs at least one judge")
+    prompts = [str(condition["prompt"]) for condition in conditions]
+    first, *others = judges
+    base = judged(first, conditions, base_outputs)
+    aligned = judged(first, conditions, aligned_outputs)
+
+    def over(other: Sequence[float], better: Sequence[float], *, key: str, margin: float = 0.0) -> dict[str, Any]:
+        keyed = seed_of(seed, "evaluation", key)
+        return paired_win_rate(other, better, seed=keyed, prompts=prompts, tie_margin=margin).as_json()
+
+    report: dict[str, Any] = {
+        "judge": _identity(first),
+        "prompts": len(set(prompts)),
+        "win_rate": over(base, aligned, key="win_rate", margin=tie_margin),
+        "scores": {"base": _mean(base, prompts, seed), "aligned": _mean(aligned, prompts, seed)},
+        "tasks": by_task(conditions, base, aligned),
+        "other_judges": {
+            judge.name: over(
+                judged(judge, conditions, base_outputs), judged(judge, conditions, aligned_outputs), key=judge.name
+            )
+            for judge in others
+        },
+        "items": _items(conditions, seeds, base, aligned, base_images, aligned_images),
+        "arms": {},
+    }
+    for name, outputs in arms.items():
+        scores = judged(first, conditions, outputs)
+        report["arms"][name] = {
+            **over(base, scores, key=f"arm {name}", margin=tie_margin),
+            "scores": _mean(scores, prompts, seed),
+            "aligned_over_this": over(scores, aligned, key=f"aligned over {name}", margin=tie_margin),
+        }
+    if artefacts is None:
+        pictures = all(isinstance(output, Image.Image) for output in [*base_outputs, *aligned_outputs])
+        artefacts = IMAGE_STATISTICS if pictures else {}
+    if artefacts:
+        report["artefacts"] = compare_statistics(artefacts, base_outputs, aligned_outputs, prompts=prompts, seed=seed)
+    return report
+
+
+def judged(judge: Judge, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]:
+    """The judge's scores, checked.
+
+    Raises:
+        UserError: another number of scores than outputs, or a score that is not finite.
+    """
+    scores = [float(score) for score in judge.score(conditions, outputs)]
+    if len(scores) != len(outputs):
+        raise UserError(f"the judge '{judge.name}' gave {len(scores)} scores for {len(outputs)} outputs")
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the judge '{judge.name}' gave {score} for output {index}, prompt {conditions[index]['prompt']!r}; "
+                "scores must be finite numbers"
+            )
+    return scores
+
+
+def by_task(
+    conditions: Sequence[Mapping[str, Any]], base: Sequence[float], aligned: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """Mean score of each task, in order of first appearance; conditions without a task make none."""
+    rows: dict[str, list[int]] = {}
+    for index, condition in enumerate(conditions):
+        if condition.get("task") is not None:
+            rows.setdefault(str(condition["task"]), []).append(index)
+    return {
+        task: {
+            "base": float(np.mean([base[i] for i in indices])),
+            "aligned": float(np.mean([aligned[i] for i in indices])),
+            "n": len(indices),
+        }
+        for task, indices in rows.items()
+    }
+
+
+def compare_statistics(
+    statistics: Statistics, base: Sequence[Any], aligned: Sequence[Any], *, prompts: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Each statistic's mean on both sides, the mean paired change with its interval, and the base's spread over outputs."""
+    blocks: dict[str, dict[str, Any]] = {}
+    for name, statistic in statistics.items():
+        before = np.array([statistic(output) for output in base])
+        after = np.array([statistic(output) for output in aligned])
+        change, interval = bootstrap_mean(
+            (after - before).tolist(), seed=seed_of(seed, "artefact", name), clusters=prompts
+        )
+        blocks[name] = {
+            "base": float(before.mean()),
+            "aligned": float(after.mean()),
+            "change": change,
+            "interval": list(interval),
+            "base_spread": float(before.std()),
+        }
+    return blocks
+
+
+def _check_lengths(conditions: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:
+    if not conditions:
+        raise UserError("there is nothing to evaluate: no prompts were given")
+    for name, column in columns.items():
+        if len(column) != len(conditions):
+            raise UserError(f"a paired evaluation needs one of each for every prompt: {len(conditions)} prompts, {len(column)} {name}")
+
+
+def _identity(judge: Judge) -> dict[str, Any]:
+    """Name and version; ``broken_below`` is the score under which the judge calls an output broken, if it knows one."""
+    identity: dict[str, Any] = {"name": judge.name, "version": judge.version}
+    broken_below = getattr(judge, "broken_below", None)
+    if broken_below is not None:
+        identity["broken_below"] = float(broken_below)
+    return identity
+
+
+def _mean(scores: Sequence[float], prompts: Sequence[str], seed: int) -> dict[str, Any]:
+    mean, interval = bootstrap_mean(scores, seed=seed_of(seed, "evaluation", "scores"), clusters=prompts)
+    return {"mean": mean, "interval": list(interval)}
+
+
+def _items(
+    conditions: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    base: Sequence[float],
+    aligned: Sequence[float],
+    base_images: Sequence[str] | None,
+    aligned_images: Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": str(condition["prompt"]),
+            "seed": int(seeds[index]),
+            "task": condition.get("task"),
+            "base_score": base[index],
+            "aligned_score": aligned[index],
+            "base_image": base_images[index] if base_images else None,
+            "aligned_image": aligned_images[index] if aligned_images else None,
+        }
+        for index, condition in enumerate(conditions)
+    ]

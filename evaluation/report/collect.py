@@ -1,0 +1,270 @@
+"""Reads a run folder into a :class:`ReportData`. What is absent or unreadable is noted in ``missing`` and never hidden."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from polyalign.core.errors import UserError
+from polyalign.evaluation.report.recipe import RecipeDifference, compare_with_recipe
+
+HASHED_AT_MOST = 512 * 2**20
+"""Files above this size in bytes are listed by size only; hashing them would cost longer than the report."""
+
+PAIR_EXAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl by column. ``columns[name]`` and ``steps`` are (S,) float64, NaN where a line had no such figure.
+
+    ``not_finite`` lists the steps and names that held NaN or infinity, which ``columns`` alone could not tell from absence.
+    """
+
+    steps: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    margins_by_timestep: Sequence[tuple[int, Sequence[tuple[float, float]]]]
+    not_finite: Sequence[tuple[int, str]]
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.columns for name in names)
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values where the figure was logged and finite."""
+        values = self.columns[name]
+        kept = np.isfinite(values)
+        return self.steps[kept], values[kept]
+
+    def last_tenth(self, name: str) -> float | None:
+        """Mean over the last tenth of the logged steps (at least one)."""
+        if name not in self.columns:
+            return None
+        values = self.series(name)[1]
+        return float(values[-max(1, len(values) // 10) :].mean()) if len(values) else None
+
+    def first_tenth(self, name: str) -> float | None:
+        """Mean over the first tenth of the logged steps (at least one)."""
+        if name not in self.columns:
+            return None
+        values = self.series(name)[1]
+        return float(values[: max(1, len(values) // 10)].mean()) if len(values) else None
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """One training pair as it lies in the store; pictures as the encoded bytes."""
+
+    prompt: str
+    chosen: bytes
+    rejected: bytes
+    chosen_score: float | None
+    rejected_score: float | None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the report says, before any wording. None or empty means absent, with a line in ``missing``."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    metrics: Metrics | None
+    evaluation: Mapping[str, Any] | None
+    pairs: Mapping[str, Any] | None
+    pair_examples: Sequence[PairExample]
+    stages: Mapping[str, Mapping[str, Any]]
+    environment: Mapping[str, Any]
+    recipe: RecipeDifference | None
+    files: Mapping[str, str]
+    missing: Sequence[str]
+
+    @property
+    def title(self) -> str:
+        settings = self.config.get("report")
+        title = settings.get("title") if isinstance(settings, Mapping) else None
+        return str(title or self.folder.resolve().name)
+
+    @property
+    def grid(self) -> int | None:
+        """How many before-and-after samples the recipe asks for; None if it does not say."""
+        settings = self.config.get("report")
+        grid = settings.get("grid") if isinstance(settings, Mapping) else None
+        return grid if isinstance(grid, int) else None
+
+    @property
+    def embed_images(self) -> bool:
+        settings = self.config.get("report")
+        return bool(settings.get("embed_images", True)) if isinstance(settings, Mapping) else True
+
+
+def collect(folder: Path) -> ReportData:
+    """Read the run folder.
+
+    Raises:
+        UserError: there is no such folder, or nothing of a run lies in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
+    missing: list[str] = []
+    config = _mapping(folder / "config.yaml", missing, "the resolved configuration")
+    metrics = read_metrics(folder / "metrics.jsonl", missing)
+    evaluation = _mapping(folder / "evaluation.json", missing, "the evaluation: no win rate, no grid, no verdict on quality")
+    pairs = _mapping(folder / "pairs" / "summary.json", missing, "the data card's figures")
+    stages = _mapping(folder / "stages.json", missing, "time and memory by stage")
+    environment = _mapping(folder / "environment.json", missing, "versions and hashes of the environment")
+    if not (config or metrics or evaluation or pairs or stages or environment):
+        raise UserError(
+            f"{folder} holds nothing of a run (looked for config.yaml, metrics.jsonl, evaluation.json, pairs/summary.json, "
+            "stages.json, environment.json); name the folder that a run wrote"
+        )
+    return ReportData(
+        folder=folder,
+        config=config,
+        metrics=metrics,
+        evaluation=evaluation or None,
+        pairs=pairs or None,
+        pair_examples=read_pair_examples(folder / "pairs", missing),
+        stages={name: block for name, block in stages.items() if isinstance(block, Mapping)},
+        environment=environment,
+        recipe=compare_with_recipe(folder, config, environment) if config else None,
+        files=hash_files(folder),
+        missing=missing,
+    )
+
+
+def read_metrics(path: Path, missing: list[str]) -> Metrics | None:
+    """One row for each step; a step written twice (after a resume) counts as written last, a half-written line is left out."""
+    if not path.is_file():
+        missing.append("metrics.jsonl: the training curves")
+        return None
+    rows: dict[int, dict[str, Any]] = {}
+    broken = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        row = _json_object(line)
+        if row is None or not isinstance(row.get("step"), int):
+            broken += bool(line.strip())
+            continue
+        rows[row["step"]] = row
+    if broken:
+        missing.append(f"metrics.jsonl: {broken} line(s) could not be read and are left out")
+    if not rows:
+        missing.append("metrics.jsonl: it holds no step")
+        return None
+    return _by_column([rows[step] for step in sorted(rows)])
+
+
+def read_pair_examples(folder: Path, missing: list[str]) -> list[PairExample]:
+    """The first pairs of the first shard, straight from the parquet file."""
+    shards = sorted(folder.glob("pairs-*.parquet")) if folder.is_dir() else []
+    if not shards:
+        missing.append("pairs/: no shard to take examples from")
+        return []
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        batches = parquet.ParquetFile(shards[0]).iter_batches(batch_size=PAIR_EXAMPLES)
+        rows = next(iter(batches), None)
+    except (OSError, pyarrow.ArrowException) as error:
+        missing.append(f"pairs/{shards[0].name}: unreadable ({error})")
+        return []
+    return [example for row in (rows.to_pylist() if rows is not None else []) if (example := _pair_example(row))]
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of what went in and what came out, by path in the run folder."""
+    found = [folder / name for name in ("config.yaml", "metrics.jsonl", "evaluation.json", "pairs/summary.json")]
+    found += sorted((folder / "adapter").rglob("*.safetensors")) if (folder / "adapter").is_dir() else []
+    hashes: dict[str, str] = {}
+    for path in found:
+        if not path.is_file():
+            continue
+        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        if size > HASHED_AT_MOST:
+            hashes[name] = f"{size} bytes, too large to hash here"
+            continue
+        with path.open("rb") as stream:
+            hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+    return hashes
+
+
+def _sha256(stream: Any) -> str:
+    """What ``hashlib.file_digest`` does, for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := stream.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _by_column(rows: Sequence[Mapping[str, Any]]) -> Metrics:
+    names = {name: None for row in rows for name, value in row.items() if _is_number(value) and name != "step"}
+    columns = {name: np.full(len(rows), np.nan) for name in names}
+    not_finite: list[tuple[int, str]] = []
+    margins: list[tuple[int, list[tuple[float, float]]]] = []
+    for index, row in enumerate(rows):
+        for name, value in row.items():
+            if name in columns and _is_number(value):
+                columns[name][index] = value
+                if not np.isfinite(value):
+                    not_finite.append((row["step"], name))
+        points = row.get("margins_by_timestep")
+        if isinstance(points, list):
+            margins.append((row["step"], [(float(t), float(margin)) for t, margin in points]))
+    steps = np.array([row["step"] for row in rows], dtype=np.float64)
+    return Metrics(steps=steps, columns=columns, margins_by_timestep=margins, not_finite=not_finite)
+
+
+def _pair_example(row: Mapping[str, Any]) -> PairExample | None:
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not (isinstance(chosen, Mapping) and isinstance(rejected, Mapping) and chosen.get("bytes") and rejected.get("bytes")):
+        return None
+    condition = row.get("condition")
+    prompt = condition.get("prompt", "") if isinstance(condition, Mapping) else ""
+    return PairExample(
+        prompt=str(prompt),
+        chosen=chosen["bytes"],
+        rejected=rejected["bytes"],
+        chosen_score=_first_score(row.get("chosen_scores")),
+        rejected_score=_first_score(row.get("rejected_scores")),
+    )
+
+
+def _first_score(scores: Any) -> float | None:
+    values = [value for value in scores.values() if _is_number(value)] if isinstance(scores, Mapping) else []
+    return float(values[0]) if values else None
+
+
+def _mapping(path: Path, missing: list[str], what: str) -> dict[str, Any]:
+    """A JSON or YAML object; an empty one, and a line in ``missing``, where the file is absent or is something else."""
+    name = path.name if path.parent.name != "pairs" else f"pairs/{path.name}"
+    if not path.is_file():
+        missing.append(f"{name}: {what}")
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        missing.append(f"{name}: unreadable ({' '.join(str(error).split())[:120]})")
+        return {}
+    if not isinstance(content, dict):
+        missing.append(f"{name}: holds a {type(content).__name__} where an object belongs")
+        return {}
+    return content
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

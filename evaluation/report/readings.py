@@ -1,0 +1,190 @@
+"""Plain words for curves, and cautions: what a careful colleague would say while looking over one's shoulder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from polyalign.evaluation.report.collect import Metrics, ReportData
+from polyalign.evaluation.report.verdict import is_better
+
+Movement = Literal["rose", "fell", "stayed"]
+
+STANDARD_ERRORS = 2.0
+"""A mean change within so many standard errors of zero is called 'stayed'."""
+
+FEW_PROMPTS = 100
+"""Below this a win rate's interval is wider than about 0.2, so that only large effects show."""
+
+MANY_TIES = 0.5
+HIGH_ACCURACY = 0.97
+
+
+@dataclass(frozen=True)
+class Change:
+    """Policy error relative to the reference's, (policy - reference) / reference, over the last fifth of training."""
+
+    mean: float
+    standard_error: float
+
+    @property
+    def movement(self) -> Movement:
+        if abs(self.mean) <= STANDARD_ERRORS * self.standard_error or self.mean == 0:
+            return "stayed"
+        return "rose" if self.mean > 0 else "fell"
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """How the two sides' errors moved, and what that means."""
+
+    chosen: Change
+    rejected: Change
+    title: str
+    text: str
+
+
+_READINGS: dict[tuple[Movement, Movement], tuple[str, str]] = {
+    ("fell", "rose"): (
+        "the hoped-for picture",
+        "the chosen outputs became likelier and the rejected ones less likely.",
+    ),
+    ("rose", "rose"): (
+        "both errors rose: displacement",
+        "the margin grows because the rejected side got worse faster, while the model also drifts from the chosen outputs. "
+        "Common for plain DPO and harmless while small; a winner anchor, a higher beta or fewer steps hold it back.",
+    ),
+    ("fell", "fell"): (
+        "both errors fell",
+        "the model moved towards both sides, as fine-tuning on all the outputs would; only the difference between the two is preference.",
+    ),
+    ("rose", "fell"): (
+        "backwards",
+        "the rejected outputs became likelier and the chosen ones less likely: check that the two sides are not swapped.",
+    ),
+    ("stayed", "rose"): (
+        "pushed away from the rejected",
+        "the chosen outputs stayed as likely as they were, the rejected ones became less likely.",
+    ),
+    ("fell", "stayed"): (
+        "pulled towards the chosen",
+        "the chosen outputs became likelier, the rejected ones stayed as they were.",
+    ),
+    ("rose", "stayed"): (
+        "drift from the chosen",
+        "the chosen outputs became less likely and the rejected ones did not move: the preference is not what drives this.",
+    ),
+    ("stayed", "fell"): (
+        "towards the rejected",
+        "the rejected outputs became likelier and the chosen ones did not: check the labels and the sign of the judge's weight.",
+    ),
+    ("stayed", "stayed"): (
+        "neither moved",
+        "policy and reference are still alike; try more steps, a higher learning rate or a lower beta.",
+    ),
+}
+
+
+def relative_error(metrics: Metrics, side: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and (policy - reference) / reference in per cent for ``chosen`` or ``rejected``; None if not logged."""
+    policy_name, reference_name = f"error/policy_{side}", f"error/reference_{side}"
+    if not metrics.has(policy_name, reference_name):
+        return None
+    policy, reference = metrics.columns[policy_name], metrics.columns[reference_name]
+    kept = np.isfinite(policy) & np.isfinite(reference) & (reference > 0)
+    if not kept.any():
+        return None
+    return metrics.steps[kept], 100 * (policy[kept] - reference[kept]) / reference[kept]
+
+
+def displacement(metrics: Metrics | None) -> Displacement | None:
+    """Read the two errors; None where they were not logged."""
+    chosen, rejected = (_change(metrics, "chosen"), _change(metrics, "rejected")) if metrics else (None, None)
+    if chosen is None or rejected is None:
+        return None
+    title, text = _READINGS[(chosen.movement, rejected.movement)]
+    return Displacement(chosen, rejected, title, text)
+
+
+def _change(metrics: Metrics, side: str) -> Change | None:
+    series = relative_error(metrics, side)
+    if series is None:
+        return None
+    values = series[1][-max(1, len(series[1]) // 5) :]
+    spread = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Change(float(values.mean()), spread)
+
+
+def loss_reading(metrics: Metrics) -> str:
+    """What the loss did between its first and last tenth."""
+    first, last = metrics.first_tenth("loss"), metrics.last_tenth("loss")
+    if first is None or last is None:
+        return "No finite loss was logged."
+    change = f"{first:.3f} in the first tenth, {last:.3f} in the last"
+    if last > 1.02 * first:
+        return f"It rose: {change}."
+    return f"It fell: {change}." if last < 0.98 * first else f"It hardly moved: {change}."
+
+
+def accuracy_reading(metrics: Metrics) -> str:
+    """What the training accuracy ended at."""
+    last = metrics.last_tenth("rewards/accuracies")
+    if last is None:
+        return "No accuracy was logged."
+    return f"At the end the policy orders {100 * last:.0f} % of the training pairs as the judge does; a coin orders 50 %."
+
+
+def weight_reading(metrics: Metrics) -> str:
+    """What the gradient weight ended at."""
+    last = metrics.last_tenth("gradient_weight")
+    if last is None:
+        return "No gradient weight was logged."
+    tail = "the pairs teach nearly nothing any more" if last < 0.1 else "the pairs still teach"
+    return f"It starts at 0.5 and ends at {last:.2f}: {tail}."
+
+
+def cautions(data: ReportData) -> list[str]:
+    """What to keep in mind when reading the verdict, most telling first."""
+    found = [*_evaluation_cautions(data.evaluation or {}), *_training_cautions(data.metrics), *_pair_cautions(data.pairs or {})]
+    return found
+
+
+def _evaluation_cautions(evaluation: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, arm in (evaluation.get("arms") or {}).items():
+        against = arm.get("aligned_over_this")
+        if against and not is_better(against):
+            found.append(
+                f"The arm '{name}', trained for comparison, is not measurably behind: against it the aligned model won "
+                f"{against['wins']} and lost {against['losses']}."
+            )
+    prompts, rate = evaluation.get("prompts"), evaluation.get("win_rate")
+    if isinstance(prompts, int) and prompts < FEW_PROMPTS:
+        found.append(f"Only {prompts} prompts were compared: small effects do not show in so few.")
+    if rate and (total := rate["wins"] + rate["losses"] + rate["ties"]) and rate["ties"] > MANY_TIES * total:
+        found.append(f"{rate['ties']} of {total} comparisons are ties: the win rate speaks of the other {total - rate['ties']}.")
+    return found
+
+
+def _training_cautions(metrics: Metrics | None) -> list[str]:
+    if metrics is None:
+        return []
+    found = []
+    moved = displacement(metrics)
+    if moved and moved.chosen.movement == "rose":
+        found.append(f"Against the reference the chosen outputs' error rose by {moved.chosen.mean:.1f} %: {moved.title}.")
+    accuracy = metrics.last_tenth("rewards/accuracies")
+    if accuracy is not None and accuracy > HIGH_ACCURACY:
+        found.append(f"Training accuracy ends at {accuracy:.2f}: the pairs are learnt by heart, more steps bring little good.")
+    return found
+
+
+def _pair_cautions(pairs: Mapping[str, Any]) -> list[str]:
+    count, duplicates = pairs.get("pairs"), pairs.get("duplicates_dropped")
+    if isinstance(count, int) and isinstance(duplicates, int) and duplicates > 0.2 * (count + duplicates):
+        return [f"{duplicates} duplicate pictures were dropped beside {count} pairs: the base repeats itself."]
+    return []

@@ -1,0 +1,266 @@
+"""The verdict's rules. Thresholds and order are fixed here, before any run, and printed in every report.
+
+The rules are asked in order; the first that fires gives the verdict. The judge outranks the curves: a run whose held-out
+outputs are measurably better is not called diverged because its error grew, and a run with perfect training curves whose outputs are
+measurably worse is not called improved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from polyalign.evaluation.image_statistics import IMAGE_STATISTICS
+from polyalign.evaluation.report.collect import Metrics, ReportData
+from polyalign.evaluation.statistics import sign_test
+
+State = Literal["improved", "no change", "over-optimised", "diverged", "not evaluated"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as much. Each has its reason; none is tuned on a run."""
+
+    significance: float = 0.05
+    """Of the exact sign test, asked besides the interval: 4 wins to 0 has a Wilson interval above 0.5 and p = 0.125."""
+
+    loss_growth: float = 1.5
+    """Loss at the end over loss at the start. DPO starts at ln 2 = 0.693 with nothing learnt; half as much again (1.04) is the
+    loss of a policy that prefers the rejected side by a margin of 0.6 on every pair."""
+
+    error_growth: float = 2.0
+    """Policy error over reference error on the chosen outputs, same noise: at twice the error the policy no longer models
+    the outputs that it is asked to prefer."""
+
+    learnt_accuracy: float = 0.6
+    """Training accuracy at the end above which the preference counts as learnt; a coin has 0.5."""
+
+    statistic_spreads: float = 1.0
+    """Mean change of a statistic in units of its spread over the base's outputs: one spread moves the typical output to where
+    only a sixth of the base's outputs were."""
+
+    statistic_least: float = 0.05
+    """The least mean change that counts at all, on a scale of 0 to 1, for statistics that the base hardly varies in."""
+
+    broken_share: float = 0.05
+    """Growth of the share of outputs that the judge calls broken: one output in twenty is what a user notices."""
+
+
+THRESHOLDS = Thresholds()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule as asked of this run. ``fired`` is None where what it needs is absent; ``found`` gives the numbers."""
+
+    name: str
+    state: State
+    says: str
+    found: str
+    fired: bool | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``rules`` are all of them in order; ``rule`` is the first that fired."""
+
+    state: State
+    rule: Rule
+    sentence: str
+    rules: Sequence[Rule]
+
+
+SENTENCES: Mapping[State, str] = {
+    "improved": "On held-out prompts the judge prefers the aligned model, by more than chance, and no alarm went off.",
+    "no change": "On held-out prompts the judge sees no difference beyond chance between the aligned model and its base.",
+    "over-optimised": "The training objective was followed further than the outputs are worth: look at the pictures first.",
+    "diverged": "Training left the track: the aligned model should not be used.",
+    "not evaluated": "No held-out comparison was found, so nothing is claimed about the outputs.",
+}
+
+
+def decide(data: ReportData, thresholds: Thresholds = THRESHOLDS) -> Verdict:
+    """Ask all rules and take the first that fires; the last always does."""
+    rules = ask(data, thresholds)
+    rule = next(rule for rule in rules if rule.fired)
+    return Verdict(state=rule.state, rule=rule, sentence=SENTENCES[rule.state], rules=rules)
+
+
+def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
+    """Every rule in order, with the numbers of this run."""
+    rate = data.evaluation.get("win_rate") if data.evaluation else None
+    better = is_better(rate, limits) if rate else None
+    worse = is_worse(rate, limits) if rate else None
+    return [
+        _not_finite(data.metrics),
+        _runaway(data.metrics, better, limits),
+        _worse_unlearnt(data.metrics, rate, worse, limits),
+        _worse_learnt(data.metrics, rate, worse, limits),
+        _second_judge(data, better, limits),
+        _statistics(data, worse, limits),
+        _broken(data, worse, limits),
+        Rule(
+            "better than the base",
+            "improved",
+            f"the 95 % Wilson interval of the win rate lies above 0.5 and the sign test gives p < {limits.significance:g}",
+            describe(rate) if rate else "no evaluation",
+            better,
+        ),
+        Rule(
+            "no difference beyond chance",
+            "no change",
+            "an evaluation exists and no rule above fired",
+            describe(rate) if rate else "no evaluation",
+            rate is not None,
+        ),
+        Rule("nothing to judge by", "not evaluated", "the run has no evaluation and no rule above fired", "no evaluation", True),
+    ]
+
+
+def is_better(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
+    """The interval of the win rate above one half, and the sign test agrees."""
+    return rate["wilson"][0] > 0.5 and rate["sign_test_p"] < limits.significance
+
+
+def is_worse(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
+    """The interval of the win rate below one half, and the sign test agrees."""
+    return rate["wilson"][1] < 0.5 and rate["sign_test_p"] < limits.significance
+
+
+def describe(rate: Mapping[str, Any]) -> str:
+    """A win rate in words and numbers."""
+    low, high = rate["wilson"]
+    return (
+        f"{rate['wins']} won, {rate['losses']} lost, {rate['ties']} tied; win rate {rate['rate']:.3f}, "
+        f"interval {low:.3f} to {high:.3f}, p = {p_value(rate['sign_test_p'])}"
+    )
+
+
+def p_value(p: float) -> str:
+    """Three decimals where they say something, else a power of ten; zero is a double's underflow and is not printed."""
+    if p >= 0.0995:
+        return f"{p:.2f}"
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}" if p > 1e-300 else "below 1e-300"
+
+
+def error_ratio(metrics: Metrics | None) -> float | None:
+    """Policy error over reference error on the chosen outputs, over the last tenth of training."""
+    if metrics is None:
+        return None
+    policy, reference = metrics.last_tenth("error/policy_chosen"), metrics.last_tenth("error/reference_chosen")
+    return policy / reference if policy is not None and reference else None
+
+
+def _not_finite(metrics: Metrics | None) -> Rule:
+    count = len(metrics.not_finite) if metrics else 0
+    found = f"all {len(metrics.steps)} logged steps are finite" if metrics else "no metrics"
+    if metrics and count:
+        step, name = metrics.not_finite[0]
+        found = f"{count} figure(s) are not finite, the first is {name} at step {step}"
+    return Rule("not a number", "diverged", "a logged figure is NaN or infinite", found, bool(count) if metrics else None)
+
+
+def _runaway(metrics: Metrics | None, better: bool | None, limits: Thresholds) -> Rule:
+    says = (
+        f"the loss ends at {limits.loss_growth:g} times its start or more, or the chosen outputs' error at {limits.error_growth:g} "
+        "times the reference's, and the judge does not find the outputs better"
+    )
+    first, last = (metrics.first_tenth("loss"), metrics.last_tenth("loss")) if metrics else (None, None)
+    ratio = error_ratio(metrics)
+    if first is None or last is None:
+        return Rule("training ran away", "diverged", says, "no metrics", None)
+    found = f"loss {first:.3f} at the start, {last:.3f} at the end"
+    found += f"; chosen error {ratio:.2f} times the reference's" if ratio is not None else "; no errors logged"
+    grew = (first > 0 and last >= limits.loss_growth * first) or (ratio is not None and ratio >= limits.error_growth)
+    if grew and better:
+        found += "; the judge finds the outputs better"
+    return Rule("training ran away", "diverged", says, found, grew and not better)
+
+
+def _worse_unlearnt(metrics: Metrics | None, rate: Any, worse: bool | None, limits: Thresholds) -> Rule:
+    says = (
+        "the judge finds the aligned outputs worse beyond chance, and the preference was not learnt in training "
+        f"(accuracy below {limits.learnt_accuracy:g}, or not logged)"
+    )
+    accuracy = metrics.last_tenth("rewards/accuracies") if metrics else None
+    fired = worse and (accuracy is None or accuracy < limits.learnt_accuracy) if worse is not None else None
+    return Rule("worse, and nothing learnt", "diverged", says, _accuracy_and_rate(accuracy, rate), fired)
+
+
+def _worse_learnt(metrics: Metrics | None, rate: Any, worse: bool | None, limits: Thresholds) -> Rule:
+    says = (
+        "the judge finds the aligned outputs worse beyond chance although the preference was learnt in training "
+        f"(accuracy {limits.learnt_accuracy:g} or more)"
+    )
+    accuracy = metrics.last_tenth("rewards/accuracies") if metrics else None
+    fired = worse and accuracy is not None and accuracy >= limits.learnt_accuracy if worse is not None else None
+    return Rule("learnt, yet worse", "over-optimised", says, _accuracy_and_rate(accuracy, rate), fired)
+
+
+def _accuracy_and_rate(accuracy: float | None, rate: Any) -> str:
+    learnt = "accuracy not logged" if accuracy is None else f"training accuracy {accuracy:.2f} at the end"
+    return f"{learnt}; {describe(rate)}" if rate else f"{learnt}; no evaluation"
+
+
+def _second_judge(data: ReportData, better: bool | None, limits: Thresholds) -> Rule:
+    says = "the deciding judge finds the outputs better, and another judge finds them worse beyond chance"
+    others = data.evaluation.get("other_judges") or {} if data.evaluation else {}
+    others = {name: block for name, block in others.items() if name not in IMAGE_STATISTICS}
+    if better is None or not others:
+        return Rule("a second judge disagrees", "over-optimised", says, "no second judge", None)
+    against = [name for name, block in others.items() if is_worse(block, limits)]
+    shown = against or list(others)
+    found = "; ".join(f"{name}: {describe(others[name])}" for name in shown)
+    return Rule("a second judge disagrees", "over-optimised", says, found, better and bool(against))
+
+
+def _statistics(data: ReportData, worse: bool | None, limits: Thresholds) -> Rule:
+    says = (
+        f"a picture statistic (saturation, fine detail, clipping) rose by more than {limits.statistic_spreads:g} spread of the "
+        f"base's outputs and by at least {limits.statistic_least:g}, with its interval above zero"
+    )
+    blocks = data.evaluation.get("artefacts") or {} if data.evaluation else {}
+    if not blocks:
+        return Rule("statistics ran away", "over-optimised", says, "no statistics", None)
+    alarms = [name for name, block in blocks.items() if statistic_alarm(block, limits)]
+    found = "; ".join(
+        f"{name} {blocks[name]['base']:.3f} to {blocks[name]['aligned']:.3f} (spread {blocks[name]['base_spread']:.3f})"
+        for name in alarms or blocks
+    )
+    return Rule("statistics ran away", "over-optimised", says, found, bool(alarms) and not worse)
+
+
+def statistic_alarm(block: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
+    """Whether a block of ``artefacts`` rose further than it may."""
+    least = max(limits.statistic_spreads * block["base_spread"], limits.statistic_least)
+    return block["change"] > least and block["interval"][0] > 0
+
+
+def _broken(data: ReportData, worse: bool | None, limits: Thresholds) -> Rule:
+    says = (
+        f"the share of outputs that the judge calls broken grew by {limits.broken_share:g} or more, beyond chance "
+        f"(sign test, p < {limits.significance:g})"
+    )
+    counts = broken_counts(data.evaluation)
+    if counts is None:
+        return Rule("more broken outputs", "over-optimised", says, "the judge does not say what is broken", None)
+    base, aligned, became, mended, total = counts
+    p = sign_test(became, mended)
+    found = f"broken: {base} of {total} before, {aligned} after; {became} became broken, {mended} were mended, p = {p_value(p)}"
+    grew = (aligned - base) / total >= limits.broken_share and p < limits.significance
+    return Rule("more broken outputs", "over-optimised", says, found, grew and not worse)
+
+
+def broken_counts(evaluation: Mapping[str, Any] | None) -> tuple[int, int, int, int, int] | None:
+    """Broken in the base, in the aligned, became broken, mended, and all; None if the judge has no such score."""
+    judge = evaluation.get("judge") if evaluation else None
+    limit = judge.get("broken_below") if isinstance(judge, Mapping) else None
+    items = evaluation.get("items") or [] if evaluation else []
+    if limit is None or not items:
+        return None
+    before = [item["base_score"] < limit for item in items]
+    after = [item["aligned_score"] < limit for item in items]
+    became = sum(b and not a for a, b in zip(before, after, strict=True))
+    mended = sum(a and not b for a, b in zip(before, after, strict=True))
+    return sum(before), sum(after), became, mended, len(items)

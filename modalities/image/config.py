@@ -1,0 +1,268 @@
+"""The recipe of the image modality: what a YAML file under ``configs/image`` may say.
+
+Nothing here imports diffusers or loads a model, so that ``explain`` and ``--dry-run`` answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from polyalign.core.config import Section
+from polyalign.core.objectives.table import DPO, ObjectiveSpec
+from polyalign.core.recipe import Fraction, JudgeConfig, PairingConfig, ReportConfig, TrackingConfig, TrainSettings
+
+
+class LoraConfig(Section):
+    """The adapter that is trained beside the frozen base."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+
+    alpha: float | None = Field(default=None, gt=0.0)
+    """Scale of the update is alpha / rank; null means alpha = rank, as in the published Diffusion-DPO LoRA script."""
+
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Layers that get an update, by the end of their name; the published script takes the attention projections."""
+
+
+class ModelConfig(Section):
+    """Which model, and what of it is trained."""
+
+    base: str = "tiny"
+    """`tiny` (the base that comes with the package), a hub id, a diffusers folder, or a single-file checkpoint (.safetensors)."""
+
+    family: Literal["sd", "sdxl"] | None = None
+    """`sd` (Stable Diffusion 1.x, 2.x) or `sdxl`; null detects it, and a wrong one is refused."""
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """Null takes the base's own; only a single file may need it said."""
+
+    revision: str | None = None
+    """Revision of a hub repository."""
+
+    variant: str | None = None
+    """Variant of the weight files, such as `fp16`."""
+
+    single_file_config: str | None = None
+    """Folder or hub id with the configurations and tokenizers that a single-file checkpoint lacks."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the frozen weights."""
+
+    vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """`auto` is float32 where float16 is known to fail (SDXL), else `dtype`."""
+
+    device: str = "auto"
+    """`auto` is the GPU if there is one."""
+
+    train: Literal["lora", "full"] = "lora"
+    """A low-rank adapter, or all of the UNet."""
+
+    lora: LoraConfig = LoraConfig()
+    """The adapter."""
+
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """`xformers` needs the extra of that name and a GPU."""
+
+
+class PrepareConfig(Section):
+    """How pictures and captions become training inputs; every random choice is the same for both pictures of a pair."""
+
+    resolution: int | None = Field(default=None, ge=8)
+    """Pixels of a side; null is the base's own."""
+
+    crop: Literal["centre", "random"] = "centre"
+    """Which part of a picture that is not square."""
+
+    flip: bool = False
+    """Mirror half of the pairs. Leave it off where left and right matter."""
+
+    caption_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of pairs trained with an empty caption (Diffusion-DPO: 0.2)."""
+
+    posterior: Literal["sample", "mode"] = "sample"
+    """Draw from the VAE's posterior, as published, or take its mode."""
+
+    cache: bool = True
+    """Keep latents and text states on disk, in the run folder."""
+
+
+class TimestepsConfig(Section):
+    """From which noise levels an error is estimated."""
+
+    kind: Literal["uniform", "logit_normal"] = "uniform"
+    """Evenly, or logit-normal as for SD3."""
+
+    low: int = Field(default=0, ge=0)
+    """The lowest level that is drawn."""
+
+    high: int | None = Field(default=None, ge=1)
+    """One above the highest level that is drawn; null is all of them (SDXL refiner: 200)."""
+
+    choices: tuple[int, ...] = ()
+    """Draw from these only (SDXL-Turbo: 249, 499, 749, 999)."""
+
+    mean: float = 0.0
+    """Of the logit-normal's normal."""
+
+    std: float = Field(default=1.0, gt=0.0)
+    """Of the logit-normal's normal."""
+
+
+class LikelihoodConfig(Section):
+    """How the likelihood of a picture is estimated."""
+
+    weighting: Literal["constant", "elbo", "snr", "min_snr"] = "constant"
+    """Weight of a noise level. `constant` is 1 on the model's own target, as in every published code."""
+
+    gamma: float = Field(default=5.0, gt=0.0)
+    """For `min_snr`."""
+
+    timesteps_per_pair: int = Field(default=1, ge=1)
+    """Noise levels drawn for a pair in a step; more cost more and vary less."""
+
+    timesteps: TimestepsConfig = TimestepsConfig()
+    """From which noise levels."""
+
+
+class SamplerConfig(Section):
+    """How pictures are sampled, for pairs and for evaluation."""
+
+    scheduler: Literal["base", "ddim", "dpmsolver++", "euler"] = "ddim"
+    """`base` is the model's own."""
+
+    steps: int = Field(default=50, ge=1)
+    """Denoising steps."""
+
+    guidance: float = Field(default=7.5, ge=0.0)
+    """Scale of classifier-free guidance (published comparisons: SD1.5 7.5, SDXL 5)."""
+
+    negative_prompt: str | None = None
+    """What to steer away from."""
+
+    batch_size: int = Field(default=4, ge=1)
+    """Pictures sampled together."""
+
+    vae_batch_size: int = Field(default=4, ge=1)
+    """Pictures decoded together."""
+
+
+class PromptsConfig(Section):
+    """Where prompts come from: a file, or a world that comes with the package. Exactly one of the two."""
+
+    file: str | None = None
+    """A .txt (a prompt a line), .jsonl or .parquet file, relative to the working directory."""
+
+    world: Literal["shapes"] | None = None
+    """A world with an exact judge."""
+
+    split: Literal["train", "heldout"] = "train"
+    """Of a world: prompts that take part in alignment, or those that never do."""
+
+    count: int | None = Field(default=None, ge=1)
+    """How many prompts; null is all of a file. A world needs a number."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptsConfig:
+        if (self.file is None) == (self.world is None):
+            raise ValueError("give either 'file' or 'world'")
+        if self.world is not None and self.count is None:
+            raise ValueError("a world needs 'count', since it has no end")
+        return self
+
+
+class PairsConfig(Section):
+    """Where preference pairs come from: made from prompts, or the user's own pictures."""
+
+    source: Literal["generate", "folders"] = "generate"
+    """`generate`: sample, judge, pair. `folders`: pictures in `chosen/` and `rejected/` with equal names, captions beside them."""
+
+    folder: str | None = None
+    """For `folders`: what holds `chosen/` and `rejected/`."""
+
+    prompts: PromptsConfig | None = None
+    """For `generate`: what to draw."""
+
+    samples_per_prompt: int = Field(default=4, ge=2)
+    """For `generate`: samples among which the judge chooses."""
+
+    prompts_per_shard: int = Field(default=32, ge=1)
+    """For `generate`: prompts between two points at which an interrupted generation goes on."""
+
+    judges: tuple[JudgeConfig, ...] = ()
+    """For `generate`: who decides; several are summed with their weights."""
+
+    pairing: PairingConfig = PairingConfig()
+    """For `generate`: how judged samples become pairs."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> PairsConfig:
+        if self.source == "folders" and self.folder is None:
+            raise ValueError("source 'folders' needs 'folder', the one that holds chosen/ and rejected/")
+        if self.source == "generate" and (self.prompts is None or not self.judges):
+            raise ValueError("source 'generate' needs 'prompts' and at least one of 'judges'")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Base against aligned, on the same prompts and seeds."""
+
+    prompts: PromptsConfig | None = None
+    """Prompts that did not take part in training. Null: a share of the user's own captions is kept aside (see `held_out`)."""
+
+    held_out: Fraction = 0.1
+    """For pairs from `folders` without prompts here: the share of pairs whose captions are kept out of training for this."""
+
+    seeds_per_prompt: int = Field(default=1, ge=1)
+    """Pictures of each prompt, each with its own seed."""
+
+    judges: tuple[JudgeConfig, ...] = Field(default=(), min_length=1)
+    """The first gives the verdict, the others are shown beside it."""
+
+
+class ImageRecipe(Section):
+    """One run of the image modality."""
+
+    modality: Literal["image"]
+    """This recipe's modality."""
+
+    seed: int = Field(default=0, ge=0)
+    """Every random choice of the run follows from it."""
+
+    run: str = "runs/image"
+    """The run folder; `{seed}` in it becomes the seed."""
+
+    model: ModelConfig = ModelConfig()
+    """Which model, and what of it is trained."""
+
+    prepare: PrepareConfig = PrepareConfig()
+    """How pairs become training inputs."""
+
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+    """How the likelihood of a picture is estimated."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    """How pictures are sampled."""
+
+    pairs: PairsConfig
+    """Where preference pairs come from."""
+
+    objective: ObjectiveSpec = DPO()
+    """What is minimised; `polyalign explain objective` lists all."""
+
+    train: TrainSettings = TrainSettings()
+    """The training loop."""
+
+    arms: dict[str, ObjectiveSpec] = {}
+    """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`."""
+
+    evaluate: EvaluateConfig
+    """Base against aligned."""
+
+    report: ReportConfig = ReportConfig()
+    """What the report shows."""
+
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the figures go besides metrics.jsonl."""

@@ -1,0 +1,286 @@
+"""Loading a Stable Diffusion 1.x / 2.x or SDXL pipeline from a hub id, a diffusers folder, a single file, or the embedded base.
+
+Weights come from safetensors, or from pickles read with ``weights_only``; a pickle that would run code is refused before
+anything else reads it. No code from a model's folder is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from polyalign.core.adapter import Model
+from polyalign.core.errors import UserError
+from polyalign.core.likelihood.schedules import NoiseSchedule
+from polyalign.core.optional import require
+from polyalign.modalities.image.latents import factor_of
+from polyalign.modalities.image.settings import DTYPES, ImageModelSettings
+
+TINY_BASE = Path(__file__).parent / "tiny_base"
+PIPELINES: dict[str, Any] = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+FROZEN_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+def load(settings: ImageModelSettings) -> Model:
+    """The model of ``settings.base``, frozen, in evaluation mode, on its device.
+
+    Raises:
+        UserError: nothing there, unreadable or dangerous weights, another kind of model, or a setting that contradicts the
+        base.
+    """
+    path = TINY_BASE if settings.base == "tiny" else Path(settings.base).expanduser()
+    with quiet():
+        if path.is_file():
+            pipeline, identity = _from_file(path, settings), f"{path.name}@sha256:{_hash([path])}"
+        elif path.is_dir():
+            name = "polyalign-tiny" if settings.base == "tiny" else path.resolve().name
+            pipeline, identity = _from_folder(path, settings), f"{name}@sha256:{_hash(weight_files(path))}"
+        else:
+            folder = _download(settings)
+            pipeline, identity = _from_folder(folder, settings), f"{settings.base}@{folder.name}"
+    family = "sdxl" if isinstance(pipeline, StableDiffusionXLPipeline) else "sd"
+    _check(pipeline, family, settings)
+    return _model(pipeline, identity, settings)
+
+
+def assemble(model: Model, scheduler: Any = None) -> Any:
+    """A diffusers pipeline around the *current* network, without safety checker or watermark."""
+    kind = model.parts["pipeline_class"]
+    parts = {name: model.parts[name] for name in FROZEN_PARTS if name in model.parts}
+    if scheduler is not None:
+        parts["scheduler"] = scheduler
+    if kind is StableDiffusionPipeline:
+        parts |= {"safety_checker": None, "feature_extractor": None}
+    network = getattr(model.network, "module", model.network)  # DDP's wrapper does not have a UNet's config
+    pipeline = kind(unet=network, **parts, **model.parts["pipeline_config"])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, one for each part of a model; ours tells what is going on."""
+    loud = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in loud:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in loud:
+            library.enable_progress_bar()
+
+
+def resolution_of(model: Model, settings: ImageModelSettings) -> int:
+    """Pixels of one side: as set, or the base's own.
+
+    Raises:
+        UserError: a size that the VAE and the network's halvings do not divide.
+    """
+    network, factor = model.parts["network_config"], factor_of(model.parts["vae"])
+    step = factor * 2 ** (len(network["block_out_channels"]) - 1)
+    size = network["sample_size"]
+    resolution = settings.resolution or (size if isinstance(size, int) else size[0]) * factor
+    if resolution % step:
+        raise UserError(f"resolution is {resolution}; this base needs a multiple of {step}")
+    return resolution
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a diffusers folder, in a fixed order."""
+    return sorted(file for file in folder.glob("*/*") if file.suffix in (".safetensors", *PICKLES))
+
+
+def refuse_code(file: Path) -> None:
+    """Read a pickle with ``weights_only`` and drop it.
+
+    Raises:
+        UserError: it asks for anything but tensors, or cannot be read.
+    """
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is refused: it is a pickle that holds more than weights, or it is damaged "
+            f"({str(error).splitlines()[0]}). Reading it could run code. Take the .safetensors version of this model."
+        ) from error
+
+
+def _hash(files: Iterable[Path]) -> str:
+    """First 16 hexadecimal digits of SHA-256 over the files' bytes and their place in the folder."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.parent.name}/{file.name}".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _download(settings: ImageModelSettings) -> Path:
+    """A hub repository's folder; its name is the commit."""
+    if settings.base.startswith((".", "/", "~")) or settings.base.count("/") != 1:
+        raise UserError(
+            f"base is {settings.base!r}: there is no such file or folder, and it is no hub id (owner/name). "
+            "Allowed: tiny, a hub id, a diffusers folder, a single-file checkpoint."
+        )
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                settings.base, revision=settings.revision, variant=settings.variant, use_safetensors=True
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"base {settings.base!r} could not be fetched from the model hub ({str(error).splitlines()[0]}). "
+            "Check the name and the network, or give a folder or file that is on this machine."
+        ) from error
+    return Path(folder)
+
+
+def _from_folder(folder: Path, settings: ImageModelSettings) -> Any:
+    index = folder / "model_index.json"
+    try:
+        described = json.loads(index.read_text())["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} is no diffusers pipeline: model_index.json with a _class_name is expected there ({error})"
+        ) from error
+    family = next((name for name, kind in PIPELINES.items() if kind.__name__ == described), None)
+    if family is None:
+        allowed = ", ".join(kind.__name__ for kind in PIPELINES.values())
+        raise UserError(f"{index} describes a {described}; this modality trains {allowed}")
+    for file in weight_files(folder):
+        if file.suffix in PICKLES and not any(file.parent.glob("*.safetensors")):
+            refuse_code(file)
+    extra: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if family == "sd" else {}
+    try:
+        return PIPELINES[family].from_pretrained(
+            folder, torch_dtype=settings.weights_dtype, variant=settings.variant, local_files_only=True, **extra
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def _from_file(file: Path, settings: ImageModelSettings) -> Any:
+    """A single-file checkpoint through diffusers; the kind is told by its tensors' names."""
+    names = _names(file)
+    if any(name.startswith("conditioner.embedders.1.") for name in names):
+        family = "sdxl"
+    elif any(name.startswith("cond_stage_model.") for name in names):
+        family = "sd"
+    else:
+        raise UserError(
+            f"{file} is no whole Stable Diffusion 1.x, 2.x or SDXL checkpoint: it has no text encoder "
+            f"(its tensors are named like {sorted(names)[:3]}). A LoRA, a VAE or a UNet alone is not a base."
+        )
+    extra: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if family == "sd" else {}
+    local = settings.single_file_config is not None and os.path.isdir(settings.single_file_config)
+    try:
+        pipeline = PIPELINES[family].from_single_file(
+            str(file),
+            config=settings.single_file_config,
+            torch_dtype=settings.weights_dtype,
+            local_files_only=local,
+            **extra,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{file} cannot be read as a checkpoint ({str(error).strip().splitlines()[0]}). A single file lacks configs and "
+            "tokenizers, which diffusers fetches from the model hub; without a network give single_file_config, a folder that "
+            "holds them (any diffusers folder of the same kind)."
+        ) from error
+    if settings.prediction_type is not None:  # a single file often does not say
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, prediction_type=settings.prediction_type
+        )
+    return pipeline
+
+
+def _names(file: Path) -> set[str]:
+    if file.suffix in PICKLES:
+        refuse_code(file)
+        content = torch.load(file, map_location="meta", weights_only=True)
+        return set(content.get("state_dict", content))
+    if file.suffix != ".safetensors":
+        raise UserError(f"base is {file}: a single-file checkpoint is a .safetensors (or a .ckpt of weights only)")
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error}); it may be cut short") from error
+
+
+def _check(pipeline: Any, family: str, settings: ImageModelSettings) -> None:
+    """Refuse what contradicts the settings or cannot be trained here."""
+    config = pipeline.unet.config
+    if settings.family is not None and settings.family != family:
+        raise UserError(f"family is set to {settings.family!r}, but {settings.base} is {family!r}; leave it out to detect it")
+    if (config.get("addition_embed_type") == "text_time") != (family == "sdxl"):
+        raise UserError(
+            f"{settings.base} is a {type(pipeline).__name__}, but its UNet has addition_embed_type "
+            f"{config.get('addition_embed_type')!r}; the folder mixes two kinds of model"
+        )
+    if pipeline.text_encoder is None:
+        raise UserError(f"{settings.base} has no first text encoder (an SDXL refiner?); refiners are not trained here")
+    if config.in_channels != pipeline.vae.config.latent_channels:
+        raise UserError(
+            f"the UNet of {settings.base} takes {config.in_channels} channels and its VAE makes "
+            f"{pipeline.vae.config.latent_channels}: inpainting and depth models are not trained here"
+        )
+    found = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if settings.prediction_type not in (None, found):
+        raise UserError(f"prediction_type is set to {settings.prediction_type!r}, but {settings.base} says {found!r}")
+
+
+def device_of(settings: ImageModelSettings) -> torch.device:
+    """The device of this process."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _model(pipeline: Any, identity: str, settings: ImageModelSettings) -> Model:
+    device = device_of(settings)
+    network = pipeline.unet.requires_grad_(False).eval().to(device)
+    parts: dict[str, Any] = {}
+    for name in FROZEN_PARTS:
+        part = getattr(pipeline, name, None)
+        if isinstance(part, torch.nn.Module):
+            part = part.requires_grad_(False).eval().to(device)
+        if part is not None:
+            parts[name] = part
+    if parts["vae"].dtype != _vae_dtype(parts["vae"], settings):
+        parts["vae"].to(_vae_dtype(parts["vae"], settings))
+    if settings.attention == "xformers":
+        require("xformers", extra="cuda", purpose="attention: xformers")
+        if device.type != "cuda":
+            raise UserError(f"attention is set to xformers, which has no operators for {device.type}; use sdpa")
+        network.enable_xformers_memory_efficient_attention()
+    options = {name: pipeline.config.get(name) for name in ("force_zeros_for_empty_prompt",) if name in pipeline.config}
+    kind = type(pipeline)
+    fixed = {"requires_safety_checker": False} if kind is StableDiffusionPipeline else {"add_watermarker": False}
+    parts["pipeline_class"], parts["pipeline_config"] = kind, {**options, **fixed}
+    parts["network_config"] = dict(network.config)
+    parts["schedule"] = NoiseSchedule.from_scheduler_config(pipeline.scheduler.config)
+    return Model(network=network, parts=parts, identity=identity)
+
+
+def _vae_dtype(vae: Any, settings: ImageModelSettings) -> torch.dtype:
+    if settings.vae_dtype != "auto":
+        return DTYPES[settings.vae_dtype]
+    return torch.float32 if vae.config.get("force_upcast", True) else DTYPES[settings.dtype]

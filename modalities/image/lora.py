@@ -1,0 +1,134 @@
+"""LoRA on the network: adding one, switching it off for the base, saving it and loading it back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from polyalign.core.errors import UserError
+from polyalign.core.randomness import seed_of
+from polyalign.modalities.image.settings import ImageModelSettings
+
+NAME = "default"
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def add(network: Any, settings: ImageModelSettings) -> None:
+    """Freeze the network and add a fresh float32 LoRA: A gaussian, B zero, so its function is unchanged, bit for bit.
+
+    Raises:
+        UserError: no module of the network has one of the target names, or it has a LoRA already.
+    """
+    if has_lora(network):
+        raise UserError("the network has a LoRA already; load the base anew, or continue with the one that is there")
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.scale,
+        init_lora_weights="gaussian",
+        target_modules=list(settings.targets),
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws A from torch's global generator, on the CPU
+        torch.manual_seed(seed_of(settings.seed, "lora"))
+        try:
+            network.add_adapter(config, adapter_name=NAME)
+        except ValueError as error:
+            raise UserError(
+                f"no module of the network is named like the LoRA targets {list(settings.targets)} ({error}). "
+                "Usual targets: to_q, to_k, to_v, to_out.0, proj_in, proj_out, ff.net.0.proj, ff.net.2"
+            ) from error
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def has_lora(network: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+@contextlib.contextmanager
+def adapters_off(network: nn.Module) -> Iterator[None]:
+    """The base under the LoRA, inside a ``with``. What is trainable and what was switched off before is as before
+    afterwards."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    were_off = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer, was_off in zip(layers, were_off, strict=True):
+            layer.enable_adapters(not was_off)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """The LoRA's tensors under peft's names without the adapter's name, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(network, adapter_name=NAME).items()}
+
+
+def save(pipeline: Any, network: Any, folder: Path) -> None:
+    """Write ``pytorch_lora_weights.safetensors`` as diffusers does. The metadata carries rank and alpha, so that
+    ``load_lora_weights`` scales it as it was trained; programs that ignore metadata are right where alpha is rank."""
+    metadata = network.peft_config[NAME].to_dict()
+    # peft keeps the targets as a set, whose order changes from process to process and with it the file's hash.
+    metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
+    pipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=state_dict(network),
+        unet_lora_adapter_metadata=metadata,
+        safe_serialization=True,
+    )
+    _settle_header(folder / FILE)
+
+
+def _settle_header(file: Path) -> None:
+    """Rewrite a safetensors file's header with its metadata in order: safetensors writes it in an order that changes from run
+    to run, and equal weights would not be equal files."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def load(pipeline: Any, file: Path) -> None:
+    """Put the LoRA in ``file`` (or in the folder that holds it) onto the pipeline's network.
+
+    Raises:
+        UserError: no such file, not safetensors, not a LoRA of a UNet, or one for a network of other sizes.
+    """
+    path = file / FILE if file.is_dir() else file
+    if not path.is_file():
+        raise UserError(f"there is no LoRA file {path}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: LoRA weights are read from .safetensors files only; pickles (.bin, .pt) can run code")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            names = list(weights.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); it may be cut short") from error
+    if not any("lora" in name for name in names):
+        raise UserError(f"{path} holds no LoRA: its tensors are named like {names[:3]}")
+    if has_lora(pipeline.unet):
+        raise UserError("the network has a LoRA already; load the base anew before loading another")
+    try:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=NAME)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path} does not fit this base: {str(error).splitlines()[0]}") from error
+    if not has_lora(pipeline.unet):
+        raise UserError(f"{path} holds nothing for the UNet; its tensors are named like {names[:3]}")

@@ -1,0 +1,144 @@
+"""The embedded base's architecture: Stable Diffusion XL in every part, small in every size.
+
+UNet2DConditionModel with ``text_time`` conditioning, two CLIP text encoders (the second with a projection), AutoencoderKL and
+CLIP tokenizers, put together in diffusers' StableDiffusionXLPipeline: what loads, trains and exports this loads SDXL.
+
+Three things differ from SDXL beside size, since 32-pixel pictures and a vocabulary of thirty words call for them: the prediction
+type is v (SDXL: epsilon), the noise schedule is the cosine one, and text is padded to 16 tokens (SDXL: 77).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+PIXELS = 32
+TEXT_LENGTH = 16
+LATENT_CHANNELS = 4
+VAE_FACTOR = 4
+TEXT_WIDTH = 48  # of each encoder; the UNet sees both side by side
+POOLED_WIDTH = 48
+TIME_ID_WIDTH = 8  # each of SDXL's six size and crop numbers
+
+
+def tokenizer(words: list[str]) -> CLIPTokenizer:
+    """CLIP's own tokenizer over whole words: each word is one token, built from merges as CLIP's byte-pair encoding is."""
+    vocabulary: dict[str, int] = {}
+    merges: list[tuple[str, str]] = []
+
+    def add(token: str) -> None:
+        vocabulary.setdefault(token, len(vocabulary))
+
+    for letter in sorted({letter for word in words for letter in word}):
+        add(letter)
+        add(letter + "</w>")
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:  # from the right, so that no word's merges disturb another's ending
+            pair = (parts[-2], parts[-1])
+            if pair not in merges:
+                merges.append(pair)
+            parts[-2:] = ["".join(pair)]
+            add(parts[-1])
+    add("<|startoftext|>")
+    add("<|endoftext|>")
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH, pad_token="<|endoftext|>")
+
+
+def text_config(tokens: CLIPTokenizer, *, activation: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH * 4,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=POOLED_WIDTH,
+        hidden_act=activation,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 40),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=PIXELS,
+        scaling_factor=1.0,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=PIXELS // VAE_FACTOR,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=TEXT_WIDTH * 2,
+        transformer_layers_per_block=1,
+        attention_head_dim=(2, 4),  # diffusers' name for the number of heads
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * TIME_ID_WIDTH,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def initialise_text(encoder: nn.Module) -> None:
+    """Matrices by fan-in, embeddings and positions at a scale that the first layer can see.
+
+    transformers' 0.02 is made for widths of thousands; at width 48 the first of two objects could not be told from the second.
+    """
+    for name, parameter in encoder.named_parameters():
+        if "embedding" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.ndim == 2:
+            nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+
+
+def build(words: list[str], seed: int) -> StableDiffusionXLPipeline:
+    """The untrained pipeline, initialised from ``seed``."""
+    torch.manual_seed(seed)
+    tokens = tokenizer(words)
+    encoder = CLIPTextModel(text_config(tokens, activation="quick_gelu"))
+    encoder_2 = CLIPTextModelWithProjection(text_config(tokens, activation="gelu"))
+    initialise_text(encoder)
+    initialise_text(encoder_2)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=tokens,
+        tokenizer_2=tokenizer(words),
+        unet=unet(),
+        scheduler=scheduler(),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
