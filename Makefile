@@ -48,9 +48,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(INPUTS)
+	@echo "installing into $(VENV) for $(DEVICE): a few minutes the first time"
 	$(PIP_INSTALL) -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	touch $@
 
 $(TEST_STAMP): $(INPUTS)
+	@echo "installing into $(VENV) for $(DEVICE): a few minutes the first time"
 	$(PIP_INSTALL) -e '.[$(TEST_EXTRAS)]'
 	touch $@

@@ -89,7 +89,15 @@ def validate(draft: Draft, schema: type[R]) -> tuple[R, Provenance]:
 
 def dump(recipe: BaseModel) -> str:
     """YAML of the whole recipe, defaults written out, that :func:`load` reads back to an equal recipe."""
-    return to_yaml(recipe.model_dump(mode="json"))
+    return to_yaml(_names_first(recipe.model_dump(mode="json")))
+
+
+def _names_first(value: Any) -> Any:
+    """The key that chooses a section's type before the keys of that type, as one would write it."""
+    if isinstance(value, dict):
+        ordered = sorted(value.items(), key=lambda item: item[0] != "name")
+        return {key: _names_first(child) for key, child in ordered}
+    return [_names_first(child) for child in value] if isinstance(value, list) else value
 
 
 def json_schema(schema: type[BaseModel]) -> dict[str, Any]:

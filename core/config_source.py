@@ -155,9 +155,7 @@ def read(file: Path, find: Callable[[str, Path], Path]) -> Draft:
     return draft
 
 
-def _parent(
-    file: Path, data: dict[str, Any], places: dict[KeyPath, Place], find: Callable[[str, Path], Path]
-) -> Path | None:
+def _parent(file: Path, data: dict[str, Any], places: dict[KeyPath, Place], find: Callable[[str, Path], Path]) -> Path | None:
     if "extends" not in data:
         return None
     name, place = data.pop("extends"), places.pop(("extends",))

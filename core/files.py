@@ -15,18 +15,23 @@ from typing import IO, Any
 
 from polyalign.core.errors import UserError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file-size limit is reached",
+}
 LOCK_TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 BLOCK_BYTES = 1 << 20
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write ``data`` to a temporary name in the same folder, flush it to the disk, and rename it: the file is whole or as before.
+    """Write ``data`` to a temporary name in the same folder, flush it to the disk, rename it: the file is whole or as before.
 
     Raises:
         UserError: the disk is full; the file that was there is unchanged.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with disk_full_explained(f"{path}, which is as it was before"):
@@ -47,7 +52,8 @@ def _sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # some network file systems do not sync folders, and then there is nothing more to do
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -61,8 +67,8 @@ def disk_full_explained(what: str) -> Iterator[None]:
         if error.errno not in DISK_FULL:
             raise
         raise UserError(
-            f"the disk is full: could not write {error.filename or what} (while writing {what}). What was finished before is "
-            "kept. Free some space, or take another run folder with --run, and run the same command again to continue."
+            f"{DISK_FULL[error.errno]}: could not write {error.filename or what} (while writing {what}). What was finished "
+            "before is kept. Free some space, or take another run folder with --run, and run the same command again to continue."
         ) from error
 
 
@@ -104,9 +110,7 @@ class Manifest:
 def manifest_of(folder: Path, items: Sequence[str]) -> Manifest:
     """The manifest of files and whole folders below ``folder``."""
     paths = sorted({path for item in items for path in _files(folder / item)})
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
-    }
+    entries = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     return Manifest(entries)
 
 

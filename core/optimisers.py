@@ -39,9 +39,7 @@ def build_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) ->
     kind = torch.optim.AdamW
     if config.name == "adamw8bit":
         kind = require("bitsandbytes", extra="cuda", purpose="the optimiser adamw8bit").optim.AdamW8bit
-    return kind(
-        trainable, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay
-    )
+    return kind(trainable, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
 
 
 def schedule_factor(step: int, *, steps: int, schedule: ScheduleConfig) -> float:

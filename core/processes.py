@@ -17,7 +17,8 @@ from accelerate import Accelerator
 def gathered_ranks(accelerator: Accelerator) -> list[int]:
     """The rank of every process that takes part, collected by a real gather over all of them."""
     rank = torch.tensor([accelerator.process_index], device=accelerator.device)
-    return accelerator.gather(rank).tolist()
+    gathered: Any = accelerator.gather(rank)  # a tensor, as what went in
+    return gathered.tolist()
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:

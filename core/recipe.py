@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class AutoBetaConfig(Section):
-    """Let beta follow the training: it is chosen so that a typical pair's gradient factor sigmoid(-beta * margin) stays at a target."""
+    """Let beta follow the training, so that a typical pair's gradient factor sigmoid(-beta * margin) stays at a target."""
 
     target_gradient_factor: float = Field(default=0.25, gt=0.0, lt=0.5)
     """The gradient factor to aim at; 0.5 is a policy equal to its reference, 0 a pair that teaches nothing any more."""
@@ -50,8 +50,9 @@ class BetaConfig(Section):
     """Beta as the publication states it, in the convention below."""
 
     convention: BetaConvention = "mean_half"
-    """What the value multiplies. Denoising models: `mean_half` (0.5 * beta * mean squared error, the Diffusion-DPO code), `mean`,
-    `sum_half`, `sum`, or `nats` (a true log-likelihood). Language models: `nats` or `sum` (summed token log-probabilities)."""
+    """What the value multiplies. Denoising models: `mean_half` (0.5 * beta * mean squared error, the Diffusion-DPO code),
+    `mean`, `sum_half`, `sum`, or `nats` (a true log-likelihood). Language models: `nats` or `sum` (summed token
+    log-probabilities)."""
 
     auto: AutoBetaConfig | None = None
     """Adjust beta while training; `value` is then where it starts. Off by default."""

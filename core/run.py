@@ -8,10 +8,11 @@ A verb does its work inside one stage::
             if stage.todo:
                 ...  # all the work, written below run.path
 
-A stage is *done* when ``stages.json`` says that it finished with the same inputs (their SHA-256, and that of the products of the
-stages it comes after) and its products are still there; it is then not todo. One that was interrupted with the same inputs is
-todo and finds its unfinished work where it left it. One whose inputs have changed is *stale*: its old products and unfinished
-work are moved aside to ``<name>.stale-1`` (-2, ...), never deleted, and it starts anew.
+or several stages one after another, such as one for each arm. A stage is *done* when ``stages.json`` says that it finished with
+the same inputs (their SHA-256, and that of the products of the stages it comes after) and its products are still there; it is
+then not todo. One that was interrupted with the same inputs is todo and finds its unfinished work where it left it. One whose
+inputs have changed is *stale*: its old products and unfinished work are moved aside to ``<name>.stale-1`` (-2, ...), never
+deleted, and it starts anew.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,18 +50,13 @@ class Stage:
     reasons: tuple[str, ...] = ()
     """Why it is not done: what changed, what is missing."""
 
+    planned: bool = False
+    """Whether the run folder only plans."""
+
     @property
     def todo(self) -> bool:
-        """Whether the work has to be done (or finished) now."""
-        return self.status != "done"
-
-
-class StagePlanned(Exception):
-    """Raised where a stage would begin in a run folder that only plans, so that nothing of the verb is executed."""
-
-    def __init__(self, stage: Stage):
-        super().__init__(stage.name)
-        self.stage = stage
+        """Whether the work has to be done (or finished) now; never when planning."""
+        return self.status != "done" and not self.planned
 
 
 def _tell(message: str) -> None:
@@ -72,7 +68,7 @@ class RunFolder:
 
     Args:
         path: created when it is missing.
-        planning: write nothing; every stage raises :class:`StagePlanned` instead of beginning. This is what ``--dry-run`` uses.
+        planning: write nothing; no stage is todo, and ``planned`` collects how each of them stands. ``--dry-run`` uses this.
         tell: receives the one-line messages for the user.
 
     In a run of several processes only rank 0 writes; the others take the same decisions from what they read.
@@ -143,8 +139,8 @@ class RunFolder:
         """A stage; see the top of this module.
 
         Args:
-            inputs: everything that the products depend on: parts of the recipe, hashes of files read. Sections, paths and tuples
-                are allowed.
+            inputs: everything that the products depend on: parts of the recipe, hashes of files read. Sections, paths and
+                tuples are allowed.
             after: the stages whose products this one reads.
             products: files and folders below the run folder that exist when it is done. They are hashed.
             scratch: further ones that belong to it (checkpoints, logs): moved aside with the products, not hashed.
@@ -154,9 +150,10 @@ class RunFolder:
         """
         wanted = _plain(inputs)
         stage, digest, upstream = self._assess(name, wanted, tuple(after), (*products, *scratch))
-        self.planned[name] = stage
         if self.planning:
-            raise StagePlanned(stage)
+            self.planned[name] = stage
+            yield replace(stage, planned=True)
+            return
         self._announce(stage, [*products, *scratch])
         if not stage.todo:
             yield stage
@@ -199,7 +196,7 @@ class RunFolder:
     def _products_hash(self, other: str, name: str, records: Mapping[str, Mapping[str, Any]]) -> str | None:
         if self.planning:
             planned = self.planned.get(other)
-            if planned is not None and planned.todo:
+            if planned is not None and planned.status != "done":
                 return None
         record = records.get(other)
         if record is not None and record["finished"]:
@@ -208,7 +205,7 @@ class RunFolder:
             return None
         raise UserError(
             f"{name} needs the products of {other}, which has not finished in {self.path}. "
-            f"Run 'polyalign {other} CONFIG' first, or 'polyalign align CONFIG', which does all that is missing."
+            f"Run 'polyalign {other.split()[0]} CONFIG' first, or 'polyalign align CONFIG', which does all that is missing."
         )
 
     def _announce(self, stage: Stage, belongings: Sequence[str]) -> None:

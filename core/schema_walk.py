@@ -91,6 +91,13 @@ def inside(shape: Shape, key: str | int) -> Shape:
     )
 
 
+def through_lists(shape: Shape) -> Shape:
+    """The shape of a list's entries; any other shape itself."""
+    while not shape.sections and any(get_origin(other) in (list, tuple) for other in shape.others):
+        shape = inside(shape, 0)
+    return shape
+
+
 def narrowed(shape: Shape, value: Any) -> Shape:
     """The one section of a tagged union that ``value`` (a mapping with the tag) chooses; otherwise ``shape`` itself."""
     if shape.tag and isinstance(value, Mapping):
@@ -151,4 +158,4 @@ def _paths(shape: Shape, path: KeyPath, seen: set[KeyPath], above: tuple[type[Ba
             if here not in seen:
                 seen.add(here)
                 yield here
-            yield from _paths(shape_of_field(info), here, seen, (*above, section))
+            yield from _paths(through_lists(shape_of_field(info)), here, seen, (*above, section))

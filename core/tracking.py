@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-import torch
 from torch import Tensor
 
+from polyalign.core.files import atomic_write
 from polyalign.core.optional import require
 from polyalign.core.recipe import TrackingConfig
 
@@ -36,12 +34,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        temporary = self.path.with_suffix(".jsonl.partial")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        atomic_write(self.path, "".join(f"{line}\n" for line in kept))
 
     def append(self, figures: Mapping[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -104,9 +97,7 @@ class WandbLike:
         self.module.finish()
 
 
-def open_tracker(
-    config: TrackingConfig, folder: Path, *, recipe: Mapping[str, Any], resumed_step: int
-) -> Tracker | None:
+def open_tracker(config: TrackingConfig, folder: Path, *, recipe: Mapping[str, Any], resumed_step: int) -> Tracker | None:
     """The tracker that the recipe names, or None.
 
     Raises:
@@ -144,15 +135,3 @@ def figures_of(statistics: Mapping[str, Tensor]) -> dict[str, Any]:
             for t in row
         ]
     return figures
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: the accelerator's where there is one, the process's otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes

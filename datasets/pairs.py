@@ -1,6 +1,6 @@
 """The pair store: a folder of parquet shards that Hugging Face ``datasets`` opens, written so that nothing is lost.
 
-A shard is there whole or not at all (:mod:`polyalign.datasets.files`) and its bytes depend on its rows alone: no time stamps,
+A shard is there whole or not at all (:func:`polyalign.core.files.atomic_write`) and its bytes depend on its rows alone: no time stamps,
 fixed writer options. So an interrupted generation goes on at the first missing shard and ends with the bytes it would have
 had, and ``content_hash`` names the store. :mod:`polyalign.datasets.pair_rows` has the columns.
 
@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from polyalign.core.errors import UserError
-from polyalign.datasets.files import atomic_write, listed, remove_unfinished
+from polyalign.core.files import atomic_write
+from polyalign.datasets.files import listed, remove_unfinished
 from polyalign.datasets.pair_rows import from_stored, row_problems, schema_of, schema_problems, to_stored
 
 if TYPE_CHECKING:
@@ -33,16 +34,17 @@ _SHARD = re.compile(r"pairs-(\d{5})\.parquet")
 def table_bytes(table: pa.Table) -> bytes:
     """A parquet file in memory with every option fixed, so that equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         sink,
-        row_group_size=ROW_GROUP,
+        table.schema,
         version="2.6",
         compression="zstd",
         compression_level=3,
         use_dictionary=False,
         write_statistics=False,
-    )
+    ) as writer:
+        if table.num_rows:  # a row group without rows is legal, and Hugging Face datasets fails on it
+            writer.write_table(table, row_group_size=ROW_GROUP)
     return sink.getvalue().to_pybytes()
 
 
@@ -76,6 +78,7 @@ class PairStore:
             raise ValueError("a shard needs at least one judge: parquet has no empty structs. Name them in 'judges'")
         table = pa.Table.from_pylist([to_stored(row, names) for row in rows], schema=schema_of(names))
         path = self.shard_path(index)
+        self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, table_bytes(table))
         self._opened = None
         return path

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
+import zlib
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow raises for pictures it cannot read: cut off, damaged, of another kind, or absurdly large."""
 
 
@@ -29,7 +32,9 @@ def decode(content: bytes) -> Image.Image:
         with Image.open(io.BytesIO(content)) as opened:
             opened.load()
             upright = ImageOps.exif_transpose(opened)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            if upright.mode.startswith("I;16"):  # Pillow would cut 16-bit grey off at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.has_transparency_data:
                 layer = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
             return upright.convert("RGB")

@@ -20,6 +20,7 @@ from polyalign.core.candidates import Batch, Candidate, Group
 from polyalign.core.errors import UserError
 from polyalign.core.likelihood.denoising import Draws, denoising_scores, draw, rows_of
 from polyalign.core.randomness import rng
+from polyalign.core.references import adapters_off
 from polyalign.core.scores import Scores
 from polyalign.modalities.image import export, latents, loading, lora, pictures, sampling, text
 from polyalign.modalities.image.cache import ContentCache
@@ -53,9 +54,10 @@ class ImageAdapter:
         network.train()
         return model
 
-    def load_lora(self, model: Model, file: Path) -> Model:
-        """The model with the LoRA of ``file`` (or of the folder that holds it) on its network."""
-        lora.load(loading.assemble(model), Path(file))
+    def load_lora(self, model: Model, file: Path, *, name: str = lora.NAME) -> Model:
+        """The model with the LoRA of ``file`` (or of the folder that holds it) on its network; under another ``name`` it is a
+        second one beside the trained one, for a named-adapter reference."""
+        lora.load(loading.assemble(model), Path(file), name)
         return model
 
     def prepare(self, model: Model, rows: Sequence[Row], *, step: int) -> Batch:
@@ -164,7 +166,7 @@ class ImageAdapter:
         """
         if self.settings.train == "full":
             raise UserError("all of the network was trained: load the base anew to sample from it")
-        with lora.adapters_off(model.network):
+        with adapters_off(model.network):
             return self.sample(model, conditions, seeds, progress=progress)
 
     def export(self, model: Model, folder: Path, card: Mapping[str, Any] | None = None) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from polyalign.core.files import atomic_write
 
 Entry = dict[str, Tensor]
 
@@ -62,9 +63,7 @@ class ContentCache:
             return
         path = self.folder / key[:2] / f"{key}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(entry, partial)
-        os.replace(partial, path)
+        atomic_write(path, save(entry))
 
 
 def _bytes(entry: Entry) -> int:

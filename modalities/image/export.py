@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from polyalign.core.adapter import Model
+from polyalign.core.files import disk_full_explained
 from polyalign.modalities.image import lora
 from polyalign.modalities.image.loading import assemble, quiet
 
@@ -27,20 +30,35 @@ def export(model: Model, folder: Path, card: Mapping[str, Any] | None = None) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        pipeline = assemble(model)
-        is_lora = lora.has_lora(pipeline.unet)
-        if is_lora:
-            lora.save(pipeline, pipeline.unet, partial)
-        else:
-            with quiet():
-                pipeline.save_pretrained(partial, safe_serialization=True)
-        (partial / "README.md").write_text(model_card(model, is_lora=is_lora, card=card or {}), encoding="utf-8")
+        with disk_full_explained(f"the export {folder}, which is as it was before"):
+            _write(model, partial, card or {})
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
             target = folder / file.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
     finally:
         shutil.rmtree(partial)
+
+
+def _write(model: Model, folder: Path, card: Mapping[str, Any]) -> None:
+    """The files of an export.
+
+    Raises:
+        OSError: the disk is full, also where safetensors says so in an error of its own.
+    """
+    try:
+        pipeline = assemble(model)
+        is_lora = lora.NAME in lora.names(pipeline.unet)
+        with quiet():
+            if is_lora:
+                lora.save(pipeline, pipeline.unet, folder)
+            else:
+                pipeline.save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, str(error), str(folder)) from error
+        raise
+    (folder / "README.md").write_text(model_card(model, is_lora=is_lora, card=card), encoding="utf-8")
 
 
 def model_card(model: Model, *, is_lora: bool, card: Mapping[str, Any]) -> str:

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from polyalign.core.adapter import Model
 
 
-def factor_of(vae: AutoencoderKL) -> int:
+def factor_of(vae: Any) -> int:
     """Pixels along one side of a latent element."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -32,13 +31,13 @@ def _moments(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor | float, T
     return shift, scale
 
 
-def to_network(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+def to_network(latents: Tensor, vae: Any) -> Tensor:
     """VAE latents (N, C, h, w) on the network's scale."""
     shift, scale = _moments(vae.config, latents)
     return (latents - shift) * scale
 
 
-def from_network(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+def from_network(latents: Tensor, vae: Any) -> Tensor:
     """The inverse of ``to_network``."""
     shift, scale = _moments(vae.config, latents)
     return latents / scale + shift

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def assemble(model: Model, scheduler: Any = None) -> Any:
         parts["scheduler"] = scheduler
     if kind is StableDiffusionPipeline:
         parts |= {"safety_checker": None, "feature_extractor": None}
-    network = getattr(model.network, "module", model.network)  # DDP's wrapper does not have a UNet's config
+    network: Any = getattr(model.network, "module", model.network)  # DDP's wrapper does not have a UNet's config
     pipeline = kind(unet=network, **parts, **model.parts["pipeline_config"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -72,15 +74,25 @@ def assemble(model: Model, scheduler: Any = None) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, one for each part of a model; ours tells what is going on."""
+    """Without the libraries' progress bars, one for each part of a model, and without two warnings that say nothing to a user:
+    ``torch_dtype`` has another name in later versions, and a LoRA of the network holds nothing for the text encoders."""
     loud = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in loud:
         library.disable_progress_bar()
+    loader = logging.getLogger("diffusers.loaders.lora_base")
+    loader.addFilter(_not_about_text_encoders)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            yield
     finally:
+        loader.removeFilter(_not_about_text_encoders)
         for library in loud:
             library.enable_progress_bar()
+
+
+def _not_about_text_encoders(record: logging.LogRecord) -> bool:
+    return "No LoRA keys associated" not in record.getMessage()
 
 
 def resolution_of(model: Model, settings: ImageModelSettings) -> int:
@@ -137,10 +149,8 @@ def _download(settings: ImageModelSettings) -> Path:
             "Allowed: tiny, a hub id, a diffusers folder, a single-file checkpoint."
         )
     try:
-        return Path(
-            DiffusionPipeline.download(
-                settings.base, revision=settings.revision, variant=settings.variant, use_safetensors=True
-            )
+        folder = DiffusionPipeline.download(
+            settings.base, revision=settings.revision, variant=settings.variant, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise UserError(
@@ -168,7 +178,12 @@ def _from_folder(folder: Path, settings: ImageModelSettings) -> Any:
     extra: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if family == "sd" else {}
     try:
         return PIPELINES[family].from_pretrained(
-            folder, torch_dtype=settings.weights_dtype, variant=settings.variant, local_files_only=True, **extra
+            folder,
+            # The VAE is read in float32 and made narrower afterwards if asked: rounded weights do not come back.
+            torch_dtype={"default": settings.weights_dtype, "vae": torch.float32},
+            variant=settings.variant,
+            local_files_only=True,
+            **extra,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
@@ -192,7 +207,7 @@ def _from_file(file: Path, settings: ImageModelSettings) -> Any:
         pipeline = PIPELINES[family].from_single_file(
             str(file),
             config=settings.single_file_config,
-            torch_dtype=settings.weights_dtype,
+            torch_dtype=torch.float32,
             local_files_only=local,
             **extra,
         )
@@ -256,16 +271,16 @@ def device_of(settings: ImageModelSettings) -> torch.device:
 
 def _model(pipeline: Any, identity: str, settings: ImageModelSettings) -> Model:
     device = device_of(settings)
-    network = pipeline.unet.requires_grad_(False).eval().to(device)
     parts: dict[str, Any] = {}
-    for name in FROZEN_PARTS:
+    for name in ("unet", *FROZEN_PARTS):
         part = getattr(pipeline, name, None)
         if isinstance(part, torch.nn.Module):
+            dtype = _vae_dtype(part, settings) if name == "vae" else settings.weights_dtype
             part = part.requires_grad_(False).eval().to(device)
+            part = part if part.dtype == dtype else part.to(dtype)  # diffusers warns at a cast to the same type too
         if part is not None:
             parts[name] = part
-    if parts["vae"].dtype != _vae_dtype(parts["vae"], settings):
-        parts["vae"].to(_vae_dtype(parts["vae"], settings))
+    network = parts.pop("unet")
     if settings.attention == "xformers":
         require("xformers", extra="cuda", purpose="attention: xformers")
         if device.type != "cuda":

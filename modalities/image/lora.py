@@ -1,22 +1,21 @@
-"""LoRA on the network: adding one, switching it off for the base, saving it and loading it back."""
+"""LoRA on the network: adding one, saving it and loading it back."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
+from polyalign.modalities.image.loading import quiet
 from polyalign.modalities.image.settings import ImageModelSettings
 
 NAME = "default"
@@ -29,12 +28,12 @@ def add(network: Any, settings: ImageModelSettings) -> None:
     Raises:
         UserError: no module of the network has one of the target names, or it has a LoRA already.
     """
-    if has_lora(network):
+    if NAME in names(network):
         raise UserError("the network has a LoRA already; load the base anew, or continue with the one that is there")
     network.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.scale,
+        lora_alpha=settings.scale,  # type: ignore[arg-type]  (peft says int and takes any number)
         init_lora_weights="gaussian",
         target_modules=list(settings.targets),
     )
@@ -52,26 +51,9 @@ def add(network: Any, settings: ImageModelSettings) -> None:
             parameter.data = parameter.data.float()
 
 
-def has_lora(network: nn.Module) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
-
-
-@contextlib.contextmanager
-def adapters_off(network: nn.Module) -> Iterator[None]:
-    """The base under the LoRA, inside a ``with``. What is trainable and what was switched off before is as before
-    afterwards."""
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    were_off = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer, was_off in zip(layers, were_off, strict=True):
-            layer.enable_adapters(not was_off)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(trainable[name])
+def names(network: Any) -> set[str]:
+    """Names of the adapters on a network."""
+    return set(getattr(network, "peft_config", {}))
 
 
 def state_dict(network: nn.Module) -> dict[str, Tensor]:
@@ -106,29 +88,49 @@ def _settle_header(file: Path) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
-def load(pipeline: Any, file: Path) -> None:
-    """Put the LoRA in ``file`` (or in the folder that holds it) onto the pipeline's network.
+def load(pipeline: Any, file: Path, name: str = NAME) -> None:
+    """Put the LoRA in ``file`` (or in the folder that holds it) onto the pipeline's network, in float32.
+
+    Beside another one (``name``: a reference adapter) it is inactive and frozen, and the other stays as it was.
 
     Raises:
         UserError: no such file, not safetensors, not a LoRA of a UNet, or one for a network of other sizes.
     """
     path = file / FILE if file.is_dir() else file
+    tensors = _tensors(path)
+    network = pipeline.unet
+    before = names(network)
+    if name in before:
+        raise UserError(f"the network has a LoRA named {name!r} already; load the base anew before loading another")
+    with quiet(), torch.random.fork_rng(devices=[]):  # peft fills the new matrices at random before it reads the file
+        try:
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{path} does not fit this base: {str(error).splitlines()[0]}") from error
+    if name not in names(network):
+        raise UserError(f"{path} holds nothing for the UNet; its tensors are named like {list(tensors)[:3]}")
+    if before:
+        network.set_adapter(NAME)
+    for key, parameter in network.named_parameters():
+        if f".{name}." in key:
+            parameter.data = parameter.data.float()
+            exact = tensors.get("unet." + key.replace(f".{name}.", "."))
+            if exact is not None:  # diffusers rounds to the base's precision; what was trained in float32 is not to be rounded
+                parameter.data.copy_(exact)
+            if before:
+                parameter.requires_grad_(False)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """What a LoRA file holds."""
     if not path.is_file():
         raise UserError(f"there is no LoRA file {path}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: LoRA weights are read from .safetensors files only; pickles (.bin, .pt) can run code")
     try:
-        with safe_open(path, framework="pt") as weights:
-            names = list(weights.keys())
+        found = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}); it may be cut short") from error
-    if not any("lora" in name for name in names):
-        raise UserError(f"{path} holds no LoRA: its tensors are named like {names[:3]}")
-    if has_lora(pipeline.unet):
-        raise UserError("the network has a LoRA already; load the base anew before loading another")
-    try:
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=NAME)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path} does not fit this base: {str(error).splitlines()[0]}") from error
-    if not has_lora(pipeline.unet):
-        raise UserError(f"{path} holds nothing for the UNet; its tensors are named like {names[:3]}")
+    if not any("lora" in name for name in found):
+        raise UserError(f"{path} holds no LoRA: its tensors are named like {list(found)[:3]}")
+    return found

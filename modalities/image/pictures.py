@@ -43,7 +43,7 @@ def view_of(pair_id: str, step: int, *, seed: int, resolution: int, crop: Litera
     return View(resolution, (down, right) if crop == "random" else (0.5, 0.5), flip and side < 0.5)
 
 
-def content_of(picture: Any, *, where: str) -> bytes | Image.Image | Path:
+def content_of(picture: Any, *, where: str) -> bytes | Image.Image:
     """The picture's own content from any form a row may have: a picture, bytes, a path, or the store's {bytes, path} struct.
 
     Raises:
@@ -51,16 +51,16 @@ def content_of(picture: Any, *, where: str) -> bytes | Image.Image | Path:
     """
     if isinstance(picture, Mapping):
         picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, str):
-        picture = Path(picture)
-    if isinstance(picture, Path) and not picture.is_file():
-        raise UserError(f"{where}: there is no file {picture}")
-    if not isinstance(picture, bytes | Image.Image | Path) or not picture:
+    if isinstance(picture, str | Path):
+        if not Path(picture).is_file():
+            raise UserError(f"{where}: there is no file {picture}")
+        picture = Path(picture).read_bytes()
+    if not isinstance(picture, bytes | Image.Image) or picture == b"":
         raise UserError(
             f"{where}: expected a picture (bytes, a path or a PIL image), found {type(picture).__name__}. "
             "Drop the row or give the picture."
         )
-    return picture.read_bytes() if isinstance(picture, Path) else picture
+    return picture
 
 
 def fingerprint(content: bytes | Image.Image) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ FOLDERS = ("src", "core", "datasets", "evaluation", "modalities", "configs", "te
 
 @pytest.fixture(scope="module")
 def project(root: Path) -> dict[str, Any]:
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11")
-    import tomllib
-
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -14,7 +14,13 @@ from polyalign.core.environment import REQUIRED
 
 PARTS = ("core", "datasets", "evaluation", "modalities")
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}
-BROUGHT_ALONG = {"huggingface_hub", "tokenizers", "pyarrow"}  # hard dependencies of our hard dependencies
+BROUGHT_ALONG = {
+    "huggingface_hub",
+    "psutil",
+    "pyarrow",
+    "pydantic_core",
+    "tokenizers",
+}  # hard dependencies of our hard dependencies
 EVERYWHERE = {MODULE_OF.get(name, name) for name in REQUIRED} | BROUGHT_ALONG | set(sys.stdlib_module_names) | {"polyalign"}
 
 

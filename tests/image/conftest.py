@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-torch.set_num_threads(1)
+from polyalign.modalities.image.adapter import ImageAdapter
+from polyalign.modalities.image.settings import ImageModelSettings
 
 FAMILIES = ("sd15", "sd2", "sdxl")
 PROMPTS = ("a red circle", "a blue square", "two green dots")
@@ -139,3 +141,21 @@ def rows() -> list[dict[str, Any]]:
         }
         for place, prompt in enumerate(PROMPTS)
     ]
+
+
+@pytest.fixture
+def make_picture() -> Callable[..., Image.Image]:
+    """``make_picture(seed, size=(width, height))``: random pixels."""
+    return picture
+
+
+@pytest.fixture
+def make_adapter(tiny_models: dict[str, Path]) -> Callable[..., ImageAdapter]:
+    """``make_adapter(family, **settings)``: an adapter of a tiny model, with few and cheap sampling steps."""
+
+    def make(family: str, **settings: Any) -> ImageAdapter:
+        return ImageAdapter(
+            ImageModelSettings(**{"base": str(tiny_models[family]), "sampling_steps": 3, "rank": 4, **settings})
+        )
+
+    return make

@@ -1,0 +1,213 @@
+"""``polyalign explain``: what an objective computes, what a key means, which recipes there are.
+
+All of it is read from where it is defined: the rows of the table of objectives, the fields of the recipe's schema and their
+docstrings, the first comment of each packaged recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from polyalign.core.config import json_schema, packaged
+from polyalign.core.config_errors import short
+from polyalign.core.config_source import dotted, to_yaml
+from polyalign.core.errors import UserError
+from polyalign.core.schema_walk import Shape, all_paths, inside, literals, shape_of_field, through_lists
+
+WIDTH = 100
+BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+PLAIN_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null", dict: "section"}
+
+SchemaOf = Callable[[], type[BaseModel]]
+
+
+def explanation(topic: str | None, schema_of: SchemaOf) -> str:
+    """The text for a topic. ``schema_of`` fetches the recipe's schema, which imports the modality, when it is needed.
+
+    Raises:
+        UserError: nothing is called that.
+    """
+    if topic is None:
+        return overview(schema_of())
+    if topic == "configs":
+        return configs_table()
+    if topic == "schema":
+        return json.dumps(json_schema(schema_of()), indent=2)
+    table = _objectives()
+    if topic == "objective":
+        return objectives_table(table)
+    if topic in table:
+        return objective_card(table[topic])
+    schema = schema_of()
+    wanted = re.sub(r"\.\d+(?=\.|$)", "", topic)
+    keys = [dotted(path) for path in all_paths(schema)]
+    if wanted in keys:
+        return key_card(schema, wanted)
+    raise UserError(_unknown(topic, wanted, keys, list(table)))
+
+
+def _objectives() -> dict[str, Any]:
+    from polyalign.core.objectives.table import TABLE
+
+    return TABLE
+
+
+def _unknown(topic: str, wanted: str, keys: list[str], names: list[str]) -> str:
+    leaf = wanted.rsplit(".", 1)[-1]
+    near = [key for key in keys if key.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(wanted, [*names, *keys], n=3)
+    hint = f" Did you mean {' or '.join(near[:4])}?" if near else ""
+    return f"nothing is called {topic!r}.{hint} See 'polyalign explain' for the keys and 'polyalign explain objective'."
+
+
+def overview(schema: type[BaseModel]) -> str:
+    """The keys of a recipe at its first level, and where to go on."""
+    rows = [(name, _sentence(info.description)) for name, info in schema.model_fields.items()]
+    more = [
+        ("objective", "the table of objectives"),
+        ("dpo", "one objective: formula, parameters, source"),
+        ("train.batch_size", "one key, with dots"),
+        ("configs", "the packaged recipes"),
+        ("schema", "JSON schema of recipes, for editors"),
+    ]
+    return f"Keys of a recipe:\n{_columns(rows)}\n\npolyalign explain TOPIC, for example:\n{_columns(more)}"
+
+
+def configs_table() -> str:
+    """The packaged recipes with the first line of their opening comment."""
+    rows = []
+    for name, path in packaged().items():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        rows.append((name, first.lstrip("# ") if first.startswith("#") else ""))
+    return f"Packaged recipes:\n{_columns(rows)}" if rows else "No recipes are packaged with this installation."
+
+
+def objectives_table(table: dict[str, Any]) -> str:
+    """All objectives, a line each."""
+    rows = [(name, row.summary) for name, row in table.items()]
+    return f"Objectives (objective.name):\n{_columns(rows)}\n\nOne of them in full: polyalign explain {next(iter(table))}"
+
+
+def objective_card(row: Any) -> str:
+    """One objective in full."""
+    parts = [f"{row.name}: {row.summary}", f"loss of a group\n{_indent(row.formula)}", f"source\n{_indent(row.source)}"]
+    parts.append(f"differences from it\n{_indent(row.differences)}")
+    parts.append(f"needs of the scores\n{_indent(', '.join(sorted(row.needs)) or 'nothing')}")
+    parts.append("parameters\n" + "\n".join(_parameter_lines(row.parameters, "objective")))
+    parts.append(f"in a recipe\n{textwrap.indent(_example(row), '  ')}")
+    return "\n\n".join(parts)
+
+
+def _parameter_lines(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if name == "name":
+            continue
+        shape = shape_of_field(info)
+        yield f"  {prefix}.{name}: {_kind(info)}{_default_text(info)}"
+        if info.description:
+            yield _indent(info.description, 6)
+        if len(shape.sections) == 1:
+            yield from _parameter_lines(shape.sections[0], f"{prefix}.{name}")
+
+
+def _example(row: Any) -> str:
+    """The row's defaults as they would stand in a recipe."""
+    values = {name: info.get_default(call_default_factory=True) for name, info in row.parameters.model_fields.items()}
+    plain = {
+        name: value.model_dump(mode="json", exclude_none=True) if isinstance(value, BaseModel) else value
+        for name, value in values.items()
+        if value is not None and not row.parameters.model_fields[name].is_required()
+    }
+    required = {name: f"<{_kind(info)}>" for name, info in row.parameters.model_fields.items() if info.is_required()}
+    return to_yaml({"objective": {"name": row.name, **required, **{k: v for k, v in plain.items() if k != "name"}}}).rstrip()
+
+
+def key_card(schema: type[BaseModel], key: str) -> str:
+    """One key of a recipe: type, range, default, meaning; for a section also its keys."""
+    outer = Shape(sections=(schema,))
+    *parents, last = key.split(".")
+    for part in parents:
+        outer = through_lists(inside(outer, part))
+    definitions = outer.fields()[last]
+    shape = through_lists(inside(outer, last))
+    lines = []
+    for text, owners in _grouped(definitions).items():
+        whose = f"  ({', '.join(owners)})" if len(outer.sections) > 1 and len(owners) < len(outer.sections) else ""
+        lines.append(f"{key}: {text}{whose}")
+    for description in dict.fromkeys(info.description for _, info in definitions if info.description):
+        lines.append(_indent(description))
+    if shape.tag:
+        lines.append(f"\none of, by {key}.{shape.tag}: {', '.join(shape.tagged())}")
+    elif len(shape.sections) == 1:
+        rows = [(name, _sentence(info.description)) for name, info in shape.sections[0].model_fields.items()]
+        lines.append(f"\nits keys\n{_columns(rows)}")
+    return "\n".join(lines)
+
+
+def _grouped(definitions: list[tuple[type[BaseModel], FieldInfo]]) -> dict[str, list[str]]:
+    """Type and default -> the members of the union for which they hold."""
+    found: dict[str, list[str]] = {}
+    for section, info in definitions:
+        tags = literals(section, "name")
+        found.setdefault(f"{_kind(info)}{_default_text(info)}", []).append(str(tags[0]) if tags else section.__name__)
+    return found
+
+
+def _kind(info: FieldInfo) -> str:
+    """A field's type and range in words."""
+    shape = shape_of_field(info)
+    words = ["section"] if shape.sections else []
+    words += [_type_name(other) for other in shape.others]
+    if NoneType in get_args(info.annotation):
+        words.append("null")
+    text = " or ".join(dict.fromkeys(words))
+    bounds = [
+        f"{word} {getattr(item, sign):g}" for item in info.metadata for sign, word in BOUNDS.items() if hasattr(item, sign)
+    ]
+    return ", ".join([text, *bounds])
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) in (list, tuple, set):
+        inner = [item for item in get_args(annotation) if item is not Ellipsis]
+        return f"list of {' and '.join(dict.fromkeys(_type_name(item) for item in inner))}"
+    plain = get_origin(annotation) or annotation
+    if plain in PLAIN_NAMES:
+        return PLAIN_NAMES[plain]
+    if isinstance(plain, type) and issubclass(plain, BaseModel):
+        return "section"
+    inner = get_args(annotation)
+    return _type_name(inner[0]) if inner else getattr(plain, "__name__", str(plain)).lower()
+
+
+def _default_text(info: FieldInfo) -> str:
+    if info.is_required():
+        return "; has no default"
+    value = info.get_default(call_default_factory=True)
+    return "" if isinstance(value, BaseModel) else f"; default {short(value)}"
+
+
+def _sentence(text: str | None) -> str:
+    return re.split(r"(?<=[.])\s(?=[A-Z`])", " ".join((text or "").split()), maxsplit=1)[0]
+
+
+def _indent(text: str, by: int = 2) -> str:
+    return textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=" " * by, subsequent_indent=" " * by)
+
+
+def _columns(rows: list[tuple[str, str]]) -> str:
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    return "\n".join(
+        textwrap.fill(text or "-", WIDTH, initial_indent=f"  {name:{width}}", subsequent_indent=" " * (width + 2))
+        for name, text in rows
+    )

@@ -1,0 +1,306 @@
+"""The training loop. One step, whatever the method:
+
+    rows of the batch -> prepare -> losses of every group -> gradient -> update -> figures -> now and then a checkpoint
+
+Which rows, which draws and which learning rate a step has follows from its number, so a run that was killed and started again
+goes on from its last checkpoint to the same final weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+
+from polyalign.core import checkpoint as checkpoints
+from polyalign.core.algorithm import Algorithm, Layout, Rows
+from polyalign.core.candidates import Batch
+from polyalign.core.errors import UserError
+from polyalign.core.launch import start_accelerator
+from polyalign.core.learner import Learner, TorchLearner
+from polyalign.core.memory import peak_memory
+from polyalign.core.objectives import Outcome
+from polyalign.core.optimisers import schedule_factor
+from polyalign.core.progress import ProgressLine
+from polyalign.core.randomness import permutation, seed_of
+from polyalign.core.recipe import OptimizerConfig, TrackingConfig, TrainSettings
+from polyalign.core.refusal import Refusal
+from polyalign.core.tracking import MetricsFile, figures_of, open_tracker
+
+# Settings that may change between a kill and a resume: none of them changes the weights but by rounding.
+HARMLESS = {"save_every", "keep_checkpoints", "log_every", "micro_batch_size", "threads", "gradient_checkpointing"}
+
+Statistics = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a call of ``Trainer.run`` did. ``steps`` and ``pairs`` are those of this call; ``last_step`` counts all."""
+
+    steps: int
+    last_step: int
+    seconds: float
+    pairs: int
+    pairs_per_second: float
+    peak_memory: Mapping[str, int]
+    checkpoint: Path | None
+
+
+class Trainer:
+    """Trains an algorithm's networks on preference groups.
+
+    Args:
+        data: rows by position; its order in epoch e is a permutation keyed by (seed, e).
+        folder: the run folder, for ``checkpoints/``, ``metrics.jsonl`` and, after a refused step, ``refused.json``.
+        identity: what a resumed run must share besides the settings: the objective, the base's hash, the pairs' hash.
+        optimizers: settings by network name, where they differ from ``settings.optimizer``.
+        accelerator: one that is there already; by default one is started for the processes that run.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        data: Rows,
+        settings: TrainSettings,
+        folder: str | Path,
+        *,
+        seed: int = 0,
+        identity: Mapping[str, Any] | None = None,
+        optimizers: Mapping[str, OptimizerConfig] | None = None,
+        tracking: TrackingConfig | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        if len(data) == 0:
+            raise UserError("there are no pairs to train on; pairs/summary.json says how many were made and why not more")
+        self.algorithm, self.data, self.settings, self.folder, self.seed = algorithm, data, settings, Path(folder), seed
+        self.accelerator = accelerator or start_accelerator(settings)
+        self.optimizers = {name: (optimizers or {}).get(name, settings.optimizer) for name in algorithm.networks}
+        self.learners = {name: self._learner(name) for name in algorithm.networks}
+        self.tracking = tracking or TrackingConfig()
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.identity = json.loads(json.dumps({**(identity or {}), "seed": seed, "train": resumable(settings)}, default=str))
+        self._refuse_cut_batches()
+
+    def run(self, *, anew: bool = False) -> Summary:
+        """Train from the last checkpoint, or from the start, to ``settings.steps``.
+
+        ``anew`` moves earlier checkpoints aside and starts at step 1.
+
+        Raises:
+            UserError: a loss or gradient that is not finite; a checkpoint of other settings; a full disk.
+        """
+        settings, algorithm, main = self.settings, self.algorithm, self.accelerator.is_main_process
+        first = self._resume(anew)
+        tracker = open_tracker(self.tracking, self.folder, recipe=self.identity, resumed_step=first) if main else None
+        layout = Layout(
+            self.accelerator.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.wait_for_everyone,
+        )
+        for network in algorithm.networks.values():
+            network.train()
+        with self.accelerator.autocast():
+            algorithm.begin(self.data, layout, micro_batch_size=settings.micro_batch_size)
+        began = time.monotonic()
+
+        with ProgressLine("train", total=settings.steps, start=first, visible=main) as progress:
+            for step in range(first + 1, settings.steps + 1):
+                step_began = time.monotonic()
+                micro_batches = []
+                for rows, place, last in self._micro_batches(step):
+                    torch.manual_seed(seed_of(self.seed, "layers", step, place))  # what dropout inside a network draws
+                    batch = algorithm.prepare(rows, step=step).to(self.accelerator.device)
+                    with self.accelerator.autocast():
+                        outcomes = algorithm.step(batch, step=step)
+                    for name, outcome in outcomes.items():
+                        loss = outcome.loss.float().sum() / settings.batch_size
+                        self.learners[name].backward(loss, alone=len(outcomes) == 1, last=last)
+                    micro_batches.append((batch, outcomes))
+
+                statistics = self._gathered([outcomes for _, outcomes in micro_batches])
+                norms = {name: self.learners[name].gradient_norm() for name in statistics}
+                self._refuse_unless_finite(step, statistics, norms, [batch for batch, _ in micro_batches])
+                rates = {name: self._learning_rate(name, step) for name in statistics}
+                for name in statistics:
+                    norms[name] = self.learners[name].update(learning_rate=rates[name], clip_norm=settings.clip_norm)
+                if self.accelerator.scaler is not None:
+                    self.accelerator.scaler.update()
+                algorithm.after_step(step, statistics)
+
+                figures = self._figures(step, statistics, norms, rates, time.monotonic() - step_began)
+                progress.advance(figures)
+                if main and (step % settings.log_every == 0 or step == settings.steps):
+                    self.metrics.append(figures)
+                    if tracker is not None:
+                        tracker.log(step, {name: value for name, value in figures.items() if isinstance(value, float | int)})
+                if step % settings.save_every == 0 or step == settings.steps:
+                    self._save(step)
+
+        if tracker is not None:
+            tracker.close()
+        return self._summary(first, time.monotonic() - began)
+
+    def _learner(self, name: str) -> Learner:
+        network, config = self.algorithm.networks[name], self.optimizers[name]
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from polyalign.core.deepspeed import DeepSpeedLearner
+
+            learner: Learner = DeepSpeedLearner(network, config, self.accelerator, self.settings)
+        else:
+            learner = TorchLearner(network, config, self.accelerator)
+        self.algorithm.networks[name] = learner.network
+        return learner
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[Sequence[Any], int, bool]]:
+        """This process's share of the step's rows, cut: (rows, place in the whole order, whether it is the last cut)."""
+        share = self.settings.batch_size // self.accelerator.num_processes
+        start = (step - 1) * self.settings.batch_size + self.accelerator.process_index * share
+        for place in range(start, start + share, self.settings.micro_batch_size):
+            end = min(place + self.settings.micro_batch_size, start + share)
+            yield self.data.rows([self._row(position) for position in range(place, end)]), place, end == start + share
+
+    def _row(self, position: int) -> int:
+        """The row at a position of the endless order of epochs."""
+        epoch, place = divmod(position, len(self.data))
+        return order(self.seed, len(self.data), epoch)[place]
+
+    def _gathered(self, outcomes: Sequence[Mapping[str, Outcome]]) -> Statistics:
+        """Statistics and losses of the whole batch, in the order of the data, on the CPU."""
+        gathered: Statistics = {}
+        for name in outcomes[0]:
+            parts = [{**each[name].statistics, "loss": each[name].loss.detach().float()} for each in outcomes]
+            joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            gathered[name] = {key: self.accelerator.gather(value.contiguous()).cpu() for key, value in joined.items()}
+        return gathered
+
+    def _learning_rate(self, name: str, step: int) -> float:
+        factor = schedule_factor(step, steps=self.settings.steps, schedule=self.settings.schedule)
+        return factor * self.optimizers[name].learning_rate
+
+    def _figures(
+        self,
+        step: int,
+        statistics: Statistics,
+        norms: Mapping[str, float | None],
+        rates: Mapping[str, float],
+        seconds: float,
+    ) -> dict[str, Any]:
+        """One line of metrics.jsonl. Where there are several networks their figures have the network's name before them."""
+        pairs = step * self.settings.batch_size
+        figures: dict[str, Any] = {"step": step, "epoch": pairs / len(self.data)}
+        figures["loss"] = sum(values["loss"].double().mean().item() for values in statistics.values())
+        for name, values in statistics.items():
+            prefix = f"{name}/" if len(self.learners) > 1 else ""
+            norm = norms[name]
+            own = {"learning_rate": rates[name], "gradient_norm": norm if norm is not None and math.isfinite(norm) else None}
+            own |= figures_of(values)
+            figures |= {f"{prefix}{key}": value for key, value in own.items()}
+        figures |= self.algorithm.figures()
+        if self.accelerator.scaler is not None:
+            figures["loss_scale"] = self.accelerator.scaler.get_scale()
+        return figures | {"seconds": round(seconds, 4), "pairs_seen": pairs, **peak_memory()}
+
+    def _refuse_unless_finite(
+        self, step: int, statistics: Statistics, norms: Mapping[str, float | None], batches: Sequence[Batch]
+    ) -> None:
+        """Raises UserError, after writing ``refused.json``, if the step would put a NaN or an infinity into the weights."""
+        losses_finite = all(bool(values["loss"].isfinite().all()) for values in statistics.values())
+        scaler = self.accelerator.scaler
+        searching = scaler is not None and scaler.get_scale() > 1.0  # fp16 finds its scale by overflowing now and then
+        if losses_finite and (searching or all(norm is None or math.isfinite(norm) for norm in norms.values())):
+            return
+        for learner in self.learners.values():
+            learner.discard()
+        group_ids = gather_object([group_id for batch in batches for group_id in batch.group_ids])
+        losses = {name: values["loss"].tolist() for name, values in statistics.items()}
+        refusal = Refusal(step, group_ids, losses, dict(norms))
+        if self.accelerator.is_main_process:
+            refusal.write(self.folder / "refused.json")
+        raise refusal.error(self.folder / "refused.json", checkpoints.latest(self.folder / "checkpoints"))
+
+    def _refuse_cut_batches(self) -> None:
+        share = self.settings.batch_size // self.accelerator.num_processes
+        cut = self.accelerator.num_processes > 1 or self.settings.micro_batch_size < share
+        if cut and not self.algorithm.group_separable:
+            raise UserError(
+                "this objective couples the pairs of a batch, so a batch cannot be cut: set train.micro_batch_size to "
+                f"train.batch_size ({self.settings.batch_size}) and use one process"
+            )
+
+    def _save(self, step: int) -> None:
+        """All processes gather, the main one writes."""
+        weights = {name: learner.weights() for name, learner in self.learners.items()}
+        optimizers = {name: learner.optimizer_state() for name, learner in self.learners.items()}
+        scaler = self.accelerator.scaler
+        kept = {"algorithm": self.algorithm.state_dict(), "scaler": {} if scaler is None else scaler.state_dict()}
+        if self.accelerator.is_main_process:
+            self.metrics.sync()
+            checkpoints.save(
+                self.folder / "checkpoints",
+                step,
+                weights=weights,
+                optimizers=optimizers,
+                algorithm=kept,
+                identity=self.identity,
+                keep=self.settings.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, anew: bool) -> int:
+        """Load the last checkpoint and return its step; 0 without one."""
+        root = self.folder / "checkpoints"
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in (root, self.metrics.path) if anew else ():
+                checkpoints.set_aside(path)
+        self.accelerator.wait_for_everyone()
+        found = checkpoints.latest(root)
+        if found is not None:
+            checkpoints.refuse_other_settings(found, self.identity)
+            if found.step > self.settings.steps:
+                raise UserError(
+                    f"train.steps is {self.settings.steps}, but {found.folder} is already further. Set train.steps to "
+                    f"{found.step} or more, or start anew."
+                )
+            for name, learner in self.learners.items():
+                learner.load(found.weights(name), found.optimizer(name))
+            kept = found.algorithm()
+            self.algorithm.load_state_dict(kept["algorithm"])
+            if self.accelerator.scaler is not None and kept["scaler"]:
+                self.accelerator.scaler.load_state_dict(kept["scaler"])
+        step = 0 if found is None else found.step
+        if self.accelerator.is_main_process:
+            self.metrics.rewind(step)
+        return step
+
+    def _summary(self, first: int, seconds: float) -> Summary:
+        steps = self.settings.steps - first
+        pairs = steps * self.settings.batch_size
+        newest = checkpoints.latest(self.folder / "checkpoints")
+        speed = pairs / seconds if steps and seconds else 0.0
+        folder = None if newest is None else newest.folder
+        return Summary(steps, self.settings.steps, seconds, pairs, speed, peak_memory(), folder)
+
+
+@lru_cache(maxsize=4)
+def order(seed: int, length: int, epoch: int) -> list[int]:
+    """The order of the rows in an epoch."""
+    return permutation(seed, length, "order", epoch)
+
+
+def resumable(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that a resumed run must share. With a constant learning rate the number of steps is not among them, so that
+    a finished run can be made longer."""
+    free = HARMLESS | ({"steps"} if settings.schedule.name == "constant" else set())
+    return {key: value for key, value in settings.model_dump(mode="json").items() if key not in free}

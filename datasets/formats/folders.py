@@ -1,0 +1,267 @@
+"""The user's own pictures: ``chosen/`` and ``rejected/`` with equal names, captions beside them.
+
+::
+
+    my_pairs/
+      chosen/cat.png    rejected/cat.jpg      the names are equal up to the ending (.png, .jpg, .jpeg, .webp)
+      chosen/cat.txt    or  cat.txt           the caption
+      captions.jsonl    or so, for all: {"file_name": "cat.png", "prompt": "a cat"} a line; other keys stay in the condition
+
+Everything is checked before anything is written, and all that is wrong is said at once. Picture files are kept byte for byte; the
+two pictures of a pair may differ in size and format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from polyalign.core.errors import UserError
+from polyalign.core.files import atomic_write, sha256_of
+from polyalign.datasets.files import listed
+from polyalign.datasets.pairs import PairStore
+from polyalign.datasets.pictures import decode, fingerprint
+from polyalign.datasets.prompts import Condition, as_condition
+
+SIDES = ("chosen", "rejected")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+CAPTIONS = "captions.jsonl"
+JUDGE = "user"  # whose preference it is: 1 for the chosen picture, 0 for the rejected one
+ROWS_PER_SHARD = 64
+_EXAMPLES = 8
+_CLUTTER = ("thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class FolderPair:
+    """One pair on disk; ``name`` is what the two pictures share."""
+
+    name: str
+    chosen: Path
+    rejected: Path
+    condition: Condition
+
+
+def import_folders(folder: Path, store: PairStore) -> dict[str, Any]:
+    """Read ``folder``, fill ``store`` and write its ``summary.json``; returns the summary.
+
+    A pair whose two pictures are the same to the pixel holds no preference: it is left out and counted. Shards that the store had
+    before are replaced. Interrupted, the import is simply done again: it gives the same bytes.
+
+    Raises:
+        UserError: whatever is wrong with the folder (see :func:`read_folders`), no pair left, or no room on the disk.
+    """
+    folder = Path(folder)
+    pairs, duplicates = read_folders(folder)
+    if not pairs:
+        raise UserError(f"{folder}: in all of the {len(duplicates)} pairs the two pictures are identical, so nothing is preferred")
+    store.clear()
+    for index, start in enumerate(range(0, len(pairs), ROWS_PER_SHARD)):
+        store.write_shard(index, [_row(pair, folder) for pair in pairs[start : start + ROWS_PER_SHARD]], judges=[JUDGE])
+    count = len(pairs) + len(duplicates)
+    summary = {
+        "prompts": len({pair.condition["prompt"] for pair in pairs}),
+        "samples": 2 * count,
+        "pairs": len(pairs),
+        "ties_dropped": 0,
+        "below_margin": 0,
+        "duplicates_dropped": len(duplicates),
+        "no_pair_prompts": len(duplicates),
+        "score_histogram": {"edges": [], "counts": []},  # a preference without scores
+        "judge": {"name": JUDGE, "version": "1"},
+        "examples": [{"pair_id": pair.name, "prompt": pair.condition["prompt"]} for pair in pairs[:_EXAMPLES]],
+        "duplicates": duplicates,
+    }
+    atomic_write(store.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return summary
+
+
+def read_folders(folder: Path) -> tuple[list[FolderPair], list[str]]:
+    """Pairs by name, and the names of those whose two pictures are identical. Every picture is decoded once, to be sure of it.
+
+    Raises:
+        UserError: everything that is wrong, with the file it is about (the first 20 are shown).
+    """
+    folder = Path(folder)
+    absent = [f"{side}/" for side in SIDES if not (folder / side).is_dir()]
+    if absent:
+        raise UserError(
+            f"{folder}: no {' and no '.join(absent)} in this folder. It needs chosen/ and rejected/ with pictures of equal names, "
+            "and captions as .txt files beside them or in captions.jsonl"
+        )
+    problems: list[str] = []
+    sides = {side: _pictures(folder, side, problems) for side in SIDES}
+    names = sorted(set(sides["chosen"]) & set(sides["rejected"]))
+    for side, other in (SIDES, SIDES[::-1]):
+        alone = sorted(set(sides[side]) - set(sides[other]))
+        problems += [f"{side}/{sides[side][name].name} has no {other}/{name}.*" for name in alone]
+    if not any(sides.values()):
+        problems.append("there are no pictures in chosen/ and rejected/")
+    captions = _Captions(folder, problems)
+    pairs, duplicates = [], []
+    for name in names:
+        condition = captions.of(name)
+        hashes = [_hash_of(sides[side][name], folder, problems) for side in SIDES]
+        if condition is None or None in hashes:
+            continue
+        if hashes[0] == hashes[1]:
+            duplicates.append(name)
+        else:
+            pairs.append(FolderPair(name, sides["chosen"][name], sides["rejected"][name], condition))
+    problems += captions.unused(set(sides["chosen"]) | set(sides["rejected"]))
+    if problems:
+        raise UserError(f"{folder}: {len(problems)} problem(s), nothing was imported:\n{listed(problems)}")
+    return pairs, duplicates
+
+
+def _row(pair: FolderPair, folder: Path) -> dict[str, Any]:
+    contents = {side: getattr(pair, side).read_bytes() for side in SIDES}
+    origin = {side: getattr(pair, side).relative_to(folder).as_posix() for side in SIDES}
+    hashes = {f"{side}_sha256": sha256_of(contents[side]) for side in SIDES}
+    return {
+        "pair_id": pair.name,
+        "condition": pair.condition,
+        **contents,
+        "chosen_scores": {JUDGE: 1.0},
+        "rejected_scores": {JUDGE: 0.0},
+        "provenance": {"sampler": {"source": "folders", **origin, **hashes}, "judges": {JUDGE: {"version": "1"}}},
+    }
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a path, all links followed, stays in the folder."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What lies in a folder, by name, without the files that desktops leave everywhere."""
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and path.name.lower() not in _CLUTTER:
+            yield path
+
+
+def _pictures(folder: Path, side: str, problems: list[str]) -> dict[str, Path]:
+    """Pictures of one side by name without ending."""
+    found: dict[str, Path] = {}
+    if not _inside(folder / side, folder):
+        problems.append(f"{side}/ is a link that leads out of the folder")
+        return found
+    for path in _entries(folder / side):
+        shown = f"{side}/{path.name}"
+        if not _inside(path, folder):
+            problems.append(f"{shown} is a link that leads out of the folder")
+        elif not path.is_file():
+            problems.append(f"{shown} is not a file; pictures lie directly in {side}/")
+        elif path.suffix.lower() == ".txt":
+            continue
+        elif path.suffix.lower() not in ENDINGS:
+            problems.append(f"{shown} is none of {', '.join(ENDINGS)} (nor a .txt caption)")
+        elif path.stem in found:
+            problems.append(f"{shown} has the name of {side}/{found[path.stem].name}")
+        else:
+            found[path.stem] = path
+    return found
+
+
+def _hash_of(path: Path, folder: Path, problems: list[str]) -> str | None:
+    try:
+        return fingerprint(decode(path.read_bytes()))
+    except (ValueError, OSError) as error:
+        problems.append(f"{path.relative_to(folder).as_posix()}: {error}")
+        return None
+
+
+class _Captions:
+    """Captions from ``NAME.txt`` in ``chosen/`` or beside it, and from ``captions.jsonl``. Two that differ are a problem."""
+
+    def __init__(self, folder: Path, problems: list[str]):
+        self.folder, self.problems = folder, problems
+        self.lines = self._json_lines()
+        self.files = {
+            path.stem: path
+            for place in (folder / "rejected", folder, folder / "chosen")  # the last one counts
+            if _inside(place, folder)
+            for path in _entries(place)
+            if path.suffix.lower() == ".txt" and (place != folder / "rejected")
+        }
+
+    def of(self, name: str) -> Condition | None:
+        """The condition of a pair; None, and a problem, if it has no caption."""
+        line, path = self.lines.get(name), self.files.get(name)
+        text = None if path is None else self._text(path)
+        if path is not None and text is None:
+            return None
+        if line is None and text is None:
+            self.problems.append(
+                f"{name}: no caption; expected chosen/{name}.txt, {name}.txt or a line with \"file_name\": \"{name}\" in {CAPTIONS}"
+            )
+            return None
+        if line is not None and text is not None and line["prompt"] != text:
+            self.problems.append(f"{name}: {CAPTIONS} says {line['prompt']!r}, the .txt file {text!r}")
+            return None
+        return line if line is not None else {"prompt": text}
+
+    def unused(self, names: set[str]) -> list[str]:
+        """Lines of ``captions.jsonl`` that belong to no picture."""
+        return [f"{CAPTIONS} names {name!r}, which is in neither chosen/ nor rejected/" for name in sorted(set(self.lines) - names)]
+
+    def _text(self, path: Path) -> str | None:
+        shown = path.relative_to(self.folder).as_posix()
+        if not _inside(path, self.folder):
+            self.problems.append(f"{shown} is a link that leads out of the folder")
+            return None
+        try:
+            text = " ".join(path.read_bytes().decode("utf-8-sig").split())
+        except UnicodeDecodeError:
+            self.problems.append(f"{shown} is not UTF-8 text")
+            return None
+        if not text:
+            self.problems.append(f"{shown}: the caption is empty")
+        return text or None
+
+    def _json_lines(self) -> dict[str, Condition]:
+        path = self.folder / CAPTIONS
+        if not path.exists():
+            return {}
+        if not _inside(path, self.folder):
+            self.problems.append(f"{CAPTIONS} is a link that leads out of the folder")
+            return {}
+        try:
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError:
+            self.problems.append(f"{CAPTIONS} is not UTF-8 text")
+            return {}
+        found: dict[str, Condition] = {}
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                name, condition = _caption_line(line)
+            except ValueError as error:  # also json.JSONDecodeError
+                self.problems.append(f"{CAPTIONS} line {number}: {error}")
+                continue
+            if name in found:
+                self.problems.append(f"{CAPTIONS} line {number}: {name!r} was named before")
+            found.setdefault(name, condition)
+        return found
+
+
+def _caption_line(line: str) -> tuple[str, Condition]:
+    """Name without ending, and condition, of one line of ``captions.jsonl``.
+
+    Raises:
+        ValueError: not JSON, no name, a name that is a path, or no prompt.
+    """
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+        raise ValueError('expected an object with "file_name" and "prompt"')
+    name = entry.pop("file_name")
+    if name in ("", ".", "..") or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+        raise ValueError(f"file_name {name!r} is a path; give the name alone, the picture lies in chosen/ and rejected/")
+    stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in ENDINGS else name
+    condition = as_condition(entry)
+    condition["prompt"] = " ".join(condition["prompt"].split())
+    return stem, condition

@@ -1,0 +1,229 @@
+"""The page's sections on the outputs: win rates, before and after, regressions, tasks, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polyalign.core.randomness import seed_of
+from polyalign.evaluation.report import charts, pictures
+from polyalign.evaluation.report.collect import ReportData
+from polyalign.evaluation.report.markup import foreign, note, number, signed, table, text
+from polyalign.evaluation.report.verdict import broken_counts, describe, is_better, is_worse, p_value, statistic_alarm
+
+GRID_AT_MOST = 120
+WORST_SHOWN = 8
+
+Item = Mapping[str, Any]
+
+
+def gain(item: Item) -> float:
+    return float(item["aligned_score"]) - float(item["base_score"])
+
+
+def select(items: Sequence[Item], limit: int) -> list[Item]:
+    """All items if they are few; else a third biggest gains, a third worst regressions, the rest a keyed choice of the others.
+
+    Sorted by gain, biggest first.
+    """
+    ranked = sorted(items, key=lambda item: (-gain(item), str(item["prompt"]), item["seed"]))
+    if len(ranked) <= limit:
+        return ranked
+    third = limit // 3
+    ends = ranked[:third] + (ranked[-third:] if third else [])
+    inner = ranked[third : len(ranked) - third]
+    keyed = sorted(inner, key=lambda item: seed_of(0, "grid", str(item["prompt"]), int(item["seed"])))
+    return sorted(ends + keyed[: limit - len(ends)], key=lambda item: (-gain(item), str(item["prompt"]), item["seed"]))
+
+
+def regressions(items: Sequence[Item]) -> list[Item]:
+    """The items that lost most, worst first."""
+    lost = [item for item in items if gain(item) < 0]
+    return sorted(lost, key=lambda item: (gain(item), str(item["prompt"]), item["seed"]))[:WORST_SHOWN]
+
+
+def win_rates(evaluation: Mapping[str, Any]) -> str:
+    """The deciding judge first, then the others and the arms, each with its interval and the line at one half."""
+    judge = evaluation.get("judge") or {}
+    rows = [_win_row(f"{foreign(judge.get('name', 'judge'))}, the deciding judge", evaluation["win_rate"], "aligned")]
+    for name, block in (evaluation.get("other_judges") or {}).items():
+        rows.append(_win_row(f"{foreign(name)}, another judge", block, "plain"))
+    for name, arm in (evaluation.get("arms") or {}).items():
+        rows.append(_win_row(f"arm {foreign(name)} over the base", arm.get("win_rate", arm), "plain"))
+        if "aligned_over_this" in arm:
+            rows.append(_win_row(f"aligned over arm {foreign(name)}", arm["aligned_over_this"], "aligned"))
+    scale = (
+        '<div class="win scale-row"><div></div><div class="win-bar">'
+        f"{charts.interval_scale()}</div><div></div></div>"
+        '<p class="scale-words"><span>the other is better</span><span>the first is better</span></p>'
+    )
+    rate = evaluation["win_rate"]
+    low, high = rate["bootstrap"]
+    with_ties = (
+        f"With ties counted as half a win: {rate['rate_with_ties']:.3f}, bootstrap interval {low:.3f} to {high:.3f} "
+        f"(over {text(evaluation.get('prompts', '?'))} prompts)."
+    )
+    return (
+        "<p>Both models drew the same prompts with the same seeds. A dot is the share of decided comparisons that were won, its bar the "
+        "95 % Wilson interval; a bar that stays right of the line at 0.5 is a win beyond chance.</p>"
+        f'<div class="wins">{"".join(rows)}{scale}</div>{_split_bar(rate)}{note(with_ties)}'
+    )
+
+
+def _win_row(label: str, block: Mapping[str, Any], colour: str) -> str:
+    low, high = block["wilson"]
+    kind = "good" if is_better(block) else "bad" if is_worse(block) else "even"
+    bar = charts.interval_row("win rate", low, block["rate"], high, colour=f"{colour} {kind}", says=describe(block))
+    return (
+        f'<div class="win"><div class="win-name">{label}</div><div class="win-bar">{bar}</div>'
+        f'<div class="win-figures"><b>{block["rate"]:.3f}</b> <span>[{low:.3f}, {high:.3f}]</span> '
+        f"<span>{block['wins']} won, {block['losses']} lost, {block['ties']} tied, p = {p_value(block['sign_test_p'])}</span>"
+        "</div></div>"
+    )
+
+
+def _split_bar(rate: Mapping[str, Any]) -> str:
+    """Won, tied and lost as one bar: how much of the whole the win rate speaks of."""
+    total = rate["wins"] + rate["losses"] + rate["ties"]
+    if not total:
+        return ""
+    parts, left = [], 0.0
+    for key, kind, name in (("wins", "good", "won"), ("ties", "tie", "tied"), ("losses", "bad", "lost")):
+        width = 100 * rate[key] / total
+        parts.append(
+            f'<rect class="part {kind}" x="{left:.2f}%" width="{width:.2f}%" height="14"><title>{rate[key]} {name}</title></rect>'
+        )
+        left += width
+    says = f"{rate['wins']} won, {rate['ties']} tied, {rate['losses']} lost of {total}"
+    keys = "".join(
+        f'<li><span class="key {kind}"></span>{rate[key]} {name} ({100 * rate[key] / total:.0f} %)</li>'
+        for key, kind, name in (("wins", "good", "won"), ("ties", "tie", "tied"), ("losses", "bad", "lost"))
+    )
+    return (
+        f'<div class="split"><svg width="100%" height="14" role="img" aria-label="{says}">{"".join(parts)}</svg>'
+        f'<ul class="legend">{keys}</ul></div>'
+    )
+
+
+def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: bool) -> str:
+    """Before and after on the same seeds, with buttons that sort."""
+    which = f"All {total} comparisons" if len(items) == total else (
+        f"{len(items)} of {total} comparisons: the biggest gains, the worst regressions and a fixed choice of the rest"
+    )
+    said = [f"{which}. Left the base, right the aligned model; below, the judge's score of each."]
+    if not embedded:
+        said.append("The recipe asks for no pictures in this file (report.embed_images); they lie in samples/.")
+    if shown.left_out:
+        said.append(f"{shown.left_out} pictures are left out to keep this file small.")
+    if shown.unreadable:
+        said.append(f"{shown.unreadable} pictures are missing or unreadable.")
+    if len(items) > 1:
+        buttons = "".join(
+            f'<button type="button" data-sort="{key}" aria-pressed="{"true" if key == "gain" else "false"}">{label}</button>'
+            for key, label in (("gain", "Biggest gains"), ("loss", "Worst regressions"), ("prompt", "By prompt"))
+        )
+        controls = f'<div class="controls" role="group" aria-label="Sort the comparisons">{buttons}</div>'
+    else:
+        controls = ""
+    cards = "".join(card(item, shown, place) for place, item in enumerate(items))
+    return f'<p>{" ".join(said)}</p>{controls}<ul class="cards" id="cards">{cards}</ul><p id="sorted" class="unseen" role="status"></p>'
+
+
+def card(item: Item, shown: pictures.Album, place: int) -> str:
+    """One comparison: two pictures, the prompt, the scores, the gain."""
+    change = gain(item)
+    kind, word = ("good", "better") if change > 0 else ("bad", "worse") if change < 0 else ("tie", "same")
+    task = f'<span class="task">{foreign(item["task"], 40)}</span>' if item.get("task") else ""
+    sides = "".join(
+        f'<figure>{_picture(item, side, shown)}<figcaption>{side} <b>{number(item[f"{side}_score"])}</b></figcaption></figure>'
+        for side in ("base", "aligned")
+    )
+    shown_gain = signed(change) if change else "0"
+    return (
+        f'<li class="card {kind}" data-gain="{change:.6g}" data-prompt="{text(item["prompt"])}" data-place="{place}">'
+        f'<div class="sides">{sides}</div><p class="prompt">{foreign(item["prompt"])}</p>'
+        f'<p class="foot"><span class="badge {kind}"><span class="unseen">{word}, </span>{shown_gain}</span>{task}'
+        f'<span class="seed">seed {text(item["seed"], 24)}</span></p></li>'
+    )
+
+
+def _picture(item: Item, side: str, shown: pictures.Album) -> str:
+    found = shown.pictures.get(str(item.get(f"{side}_image")))
+    if found is None:
+        return '<div class="absent">no picture</div>'
+    return found.tag(f"{side}: {text_of(item)}, score {number(item[f'{side}_score'])}")
+
+
+def text_of(item: Item) -> str:
+    """Prompt and seed, for alternative texts (not yet escaped)."""
+    return f"{item['prompt']}, seed {item['seed']}"
+
+
+def worst(evaluation: Mapping[str, Any], shown: pictures.Album) -> str:
+    """The worst regressions, whatever the verdict says."""
+    lost = regressions(evaluation.get("items") or [])
+    if not lost:
+        return "<p>No comparison was lost.</p>"
+    count = sum(gain(item) < 0 for item in evaluation["items"])
+    cards = "".join(card(item, shown, place) for place, item in enumerate(lost))
+    which = f"The {len(lost)} worst of {count}" if count > len(lost) else f"All {count}"
+    return f'<p>{which} comparisons that the aligned model lost.</p><ul class="cards">{cards}</ul>'
+
+
+def tasks(evaluation: Mapping[str, Any]) -> str:
+    """Mean score by task, with what was won and lost."""
+    blocks = evaluation.get("tasks") or {}
+    if not blocks:
+        return note("The prompts name no tasks.")
+    items = evaluation.get("items") or []
+    rows = []
+    for name, block in blocks.items():
+        own = [gain(item) for item in items if item.get("task") == name]
+        change = block["aligned"] - block["base"]
+        kind = "good" if change > 0 else "bad" if change < 0 else "tie"
+        won = f"{sum(g > 0 for g in own)} / {sum(g < 0 for g in own)}" if own else "\u2013"
+        rows.append(
+            [foreign(str(name).replace("_", " "), 60), str(block["n"]), f"{block['base']:.3f}", f"{block['aligned']:.3f}"]
+            + [f'<span class="badge {kind}">{signed(change)}</span>', won]
+        )
+    head = ["task", "prompts and seeds", "base", "aligned", "change", "won / lost"]
+    return f"<p>Mean score of the deciding judge.</p>{table(head, rows, numeric=(1, 2, 3, 4, 5))}"
+
+
+def scores_and_alarms(data: ReportData) -> str:
+    """Mean scores with intervals, and the statistics that give alarms."""
+    evaluation = data.evaluation or {}
+    scores = evaluation.get("scores") or {}
+    rows = []
+    for side, block in scores.items():
+        low, high = block["interval"]
+        rows.append([foreign(side, 40), f"{block['mean']:.3f}", f"{low:.3f} to {high:.3f}"])
+    parts = [table(["mean score", "mean", "95 % bootstrap interval"], rows, numeric=(1, 2))] if rows else []
+    broken = broken_counts(evaluation)
+    if broken is not None:
+        base, aligned, became, mended, total = broken
+        parts.append(
+            f"<p>Outputs that the judge calls broken: {base} of {total} before, {aligned} after "
+            f"({became} became broken, {mended} were mended).</p>"
+        )
+    parts.append(_statistics(evaluation.get("artefacts") or {}))
+    return "".join(parts)
+
+
+def _statistics(blocks: Mapping[str, Mapping[str, Any]]) -> str:
+    if not blocks:
+        return note("No picture statistics were recorded.")
+    rows = []
+    for name, block in blocks.items():
+        low, high = block["interval"]
+        alarm = statistic_alarm(block)
+        rows.append(
+            [foreign(str(name).replace("_", " "), 60), number(block["base"]), number(block["aligned"]), signed(block["change"])]
+            + [f"{signed(low)} to {signed(high)}", number(block["base_spread"])]
+            + [f'<span class="badge {"bad" if alarm else "tie"}">{"alarm" if alarm else "quiet"}</span>']
+        )
+    head = ["statistic", "base", "aligned", "change", "95 % interval", "spread of the base", ""]
+    return (
+        "<p>Over-optimised pictures glare and grow grids. These statistics need no model; the verdict's rules say how far each may rise.</p>"
+        + table(head, rows, numeric=(1, 2, 3, 4, 5))
+    )

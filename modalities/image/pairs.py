@@ -1,0 +1,346 @@
+"""Preference pairs made automatically: prompts, k seeded samples of each, a judge, pairs; shard by shard.
+
+Every sample has its own seed, keyed by prompt and number, and the batches of a shard are always cut alike, so a shard's bytes do
+not depend on what was generated before it in the same process: after an interruption the missing shards are made, and the store
+is the one that an uninterrupted run would have written.
+
+Beside each ``pairs-00000.parquet`` lies ``samples-00000.parquet`` with the seed, score and hash of *every* sample of the shard,
+also of those in no pair; ``summary.json`` is computed from these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from polyalign.core.errors import UserError
+from polyalign.core.files import atomic_write
+from polyalign.core.progress import ProgressLine
+from polyalign.core.randomness import seed_of
+from polyalign.datasets.files import remove_unfinished
+from polyalign.datasets.pairing import Mode, Paired, histogram, pair_up
+from polyalign.datasets.pairs import PairStore, table_bytes
+from polyalign.datasets.pictures import fingerprint
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from polyalign.core.adapter import Judge, Model
+
+Condition = Mapping[str, Any]
+Report = Callable[[int, int], None]
+
+EXAMPLES = 8  # pairs named in the summary
+_SAMPLE = pa.schema(
+    [
+        ("prompt_index", pa.int64()),
+        ("sample_index", pa.int64()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("score", pa.float64()),
+        ("output_hash", pa.string()),
+    ]
+)
+
+
+class Sampler(Protocol):
+    """The part of an adapter that is needed here."""
+
+    def sample(self, model: Any, conditions: Sequence[Any], seeds: Sequence[int]) -> list[Image.Image]: ...
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How pairs are made.
+
+    ``batch_size`` samples are asked of the adapter at a time; None asks for a whole shard and leaves batches to the adapter.
+    ``sampler`` is only recorded, as provenance: the adapter has its own settings.
+    """
+
+    samples_per_prompt: int = 4
+    prompts_per_shard: int = 32
+    mode: Mode = "best_worst"
+    margin: float = 0.0
+    max_pairs_per_prompt: int | None = None
+    batch_size: int | None = None
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it is recorded, without its picture."""
+
+    prompt_index: int
+    sample_index: int
+    prompt: str
+    seed: int
+    score: float
+    output_hash: str
+
+
+def generate_pairs(
+    adapter: Sampler,
+    model: Model,
+    conditions: Sequence[Condition],
+    judge: Judge,
+    *,
+    settings: GenerationSettings,
+    folder: Path,
+    seed: int,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Make the shards that ``folder`` lacks, write ``summary.json`` and return it.
+
+    ``progress(samples done, samples in all)`` is called after every shard; without it a progress line is shown.
+
+    Raises:
+        UserError: no conditions, the folder holds pairs made in another way, a score that is not a number, no pair at all, or no
+            room on the disk (finished shards are kept).
+    """
+    if not conditions:
+        raise UserError("there are no prompts to make pairs from; give at least one")
+    store = PairStore(folder)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(store.folder)
+    _claim(store.folder, _inputs(model, conditions, judge, settings, seed))
+    total = math.ceil(len(conditions) / settings.prompts_per_shard)
+    unfinished = set(store.missing(total)) | {index for index in range(total) if not _samples_path(store, index).is_file()}
+    finished = sum(_size(conditions, settings, index) for index in range(total) if index not in unfinished)
+    with _reporting(progress, finished, len(conditions) * settings.samples_per_prompt) as report:
+        for index in sorted(unfinished):
+            _make_shard(adapter, model, conditions, judge, settings=settings, store=store, index=index, seed=seed)
+            report(_size(conditions, settings, index))
+    summary = summarise(store, judge, settings)
+    atomic_write(store.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if not summary["pairs"]:
+        raise UserError(_no_pairs(summary, settings, store.folder))
+    return summary
+
+
+def _inputs(
+    model: Model, conditions: Sequence[Condition], judge: Judge, settings: GenerationSettings, seed: int
+) -> dict[str, Any]:
+    """Everything that the bytes of the shards depend on."""
+    prompts = json.dumps([dict(condition) for condition in conditions], sort_keys=True, ensure_ascii=False)
+    return {
+        "model": model.identity,
+        "prompts": {"count": len(conditions), "sha256": hashlib.sha256(prompts.encode()).hexdigest()},
+        "judge": {"name": judge.name, "version": judge.version},
+        "settings": json.loads(json.dumps(asdict(settings), default=dict)),
+        "seed": seed,
+    }
+
+
+def _claim(folder: Path, inputs: dict[str, Any]) -> None:
+    """Write ``generation.json``, or compare with the one there: shards made in different ways must not come together.
+
+    Raises:
+        UserError: the folder's shards were made in another way, or nobody knows how.
+    """
+    note = folder / "generation.json"
+    if not note.is_file():
+        if PairStore(folder).shards():
+            raise UserError(f"{folder}: holds pairs, but no generation.json that says how they were made. Take another folder")
+        atomic_write(note, json.dumps(inputs, indent=1, ensure_ascii=False) + "\n")
+        return
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{note}: is damaged ({error}). Remove the folder {folder} to make its pairs anew") from error
+    changed = [f"{name} was {before.get(name)}, now {value}" for name, value in inputs.items() if before.get(name) != value]
+    if changed:
+        raise UserError(
+            f"{folder}: holds pairs that were made in another way, and they cannot be continued: {'; '.join(changed)}. "
+            "Take another run folder, or remove this folder to make the pairs anew."
+        )
+
+
+def _samples_path(store: PairStore, index: int) -> Path:
+    return store.folder / f"samples-{index:05d}.parquet"
+
+
+def _size(conditions: Sequence[Condition], settings: GenerationSettings, index: int) -> int:
+    """Samples in a shard."""
+    first = index * settings.prompts_per_shard
+    return (min(first + settings.prompts_per_shard, len(conditions)) - first) * settings.samples_per_prompt
+
+
+@contextmanager
+def _reporting(progress: Report | None, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that takes the number of samples just made."""
+    if progress is None:
+        with ProgressLine("making pairs (samples)", total=total, start=done) as line:
+            yield lambda count: line.advance(count=count)
+        return
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    yield report
+
+
+def _make_shard(
+    adapter: Sampler,
+    model: Model,
+    conditions: Sequence[Condition],
+    judge: Judge,
+    *,
+    settings: GenerationSettings,
+    store: PairStore,
+    index: int,
+    seed: int,
+) -> None:
+    """Sample, judge, pair and write one shard. The pairs are written last: their file says that the shard is finished."""
+    first = index * settings.prompts_per_shard
+    prompts = range(first, min(first + settings.prompts_per_shard, len(conditions)))
+    places = [(prompt, number) for prompt in prompts for number in range(settings.samples_per_prompt)]
+    asked = [conditions[prompt] for prompt, _ in places]
+    seeds = [seed_of(seed, "sample", prompt, number) for prompt, number in places]
+    pictures = _sampled(adapter, model, asked, seeds, settings.batch_size or len(places))
+    scores = _judged(judge, asked, pictures, seeds)
+    samples = [
+        Sample(prompt, number, conditions[prompt]["prompt"], of, score, fingerprint(picture))
+        for (prompt, number), of, score, picture in zip(places, seeds, scores, pictures, strict=True)
+    ]
+    rows = []
+    for start in range(0, len(samples), settings.samples_per_prompt):
+        part = slice(start, start + settings.samples_per_prompt)
+        condition = conditions[samples[start].prompt_index]
+        rows += _rows(samples[part], pictures[part], condition, _paired(samples[part], settings), model, judge, settings)
+    atomic_write(_samples_path(store, index), table_bytes(pa.Table.from_pylist([asdict(it) for it in samples], schema=_SAMPLE)))
+    store.write_shard(index, rows, judges=[judge.name])
+
+
+def _sampled(
+    adapter: Sampler, model: Model, conditions: Sequence[Condition], seeds: Sequence[int], batch: int
+) -> list[Image.Image]:
+    pictures: list[Image.Image] = []
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        made = adapter.sample(model, conditions[part], seeds[part])
+        if len(made) != len(seeds[part]):
+            raise ValueError(f"the adapter gave {len(made)} samples for {len(seeds[part])} seeds")
+        pictures += made
+    return pictures
+
+
+def _judged(judge: Judge, conditions: Sequence[Condition], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[float]:
+    scores = [float(score) for score in judge.score(conditions, pictures)]
+    if len(scores) != len(pictures):
+        raise ValueError(f"judge '{judge.name}' gave {len(scores)} scores for {len(pictures)} pictures")
+    for score, condition, seed in zip(scores, conditions, seeds, strict=True):
+        if not math.isfinite(score):
+            raise UserError(
+                f"judge '{judge.name}' (version {judge.version}) gave {score} to the sample of {condition['prompt']!r} with seed "
+                f"{seed}. Scores must be finite numbers; finished shards are kept"
+            )
+    return scores
+
+
+def _paired(samples: Sequence[Sample], settings: GenerationSettings) -> Paired:
+    """The pairs of one prompt."""
+    return pair_up(
+        [sample.score for sample in samples],
+        mode=settings.mode,
+        margin=settings.margin,
+        max_pairs=settings.max_pairs_per_prompt,
+        identities=[sample.output_hash for sample in samples],
+    )
+
+
+def _pair_id(chosen: Sample, rejected: Sample) -> str:
+    return f"{chosen.prompt_index:06d}-{chosen.sample_index}-{rejected.sample_index}"
+
+
+def _rows(
+    samples: Sequence[Sample],
+    pictures: Sequence[Image.Image],
+    condition: Condition,
+    paired: Paired,
+    model: Model,
+    judge: Judge,
+    settings: GenerationSettings,
+) -> list[dict[str, Any]]:
+    """Rows of the pair store of one prompt."""
+    name, _, content_hash = model.identity.partition("@")
+    rows = []
+    for pair in paired.pairs:
+        chosen, rejected = samples[pair.chosen], samples[pair.rejected]
+        rows.append(
+            {
+                "pair_id": _pair_id(chosen, rejected),
+                "condition": condition,
+                "chosen": pictures[pair.chosen],
+                "rejected": pictures[pair.rejected],
+                "chosen_scores": {judge.name: chosen.score},
+                "rejected_scores": {judge.name: rejected.score},
+                "provenance": {
+                    "model": name,
+                    "model_hash": content_hash or None,
+                    "chosen_seed": chosen.seed,
+                    "rejected_seed": rejected.seed,
+                    "sampler": dict(settings.sampler),
+                    "judges": {judge.name: {"version": judge.version}},
+                },
+            }
+        )
+    return rows
+
+
+# --- the summary ----------------------------------------------------------------------------------------------------------------
+
+
+def read_samples(store: PairStore) -> list[Sample]:
+    """Every sample that was judged, in the order of prompts."""
+    paths = sorted(store.folder.glob("samples-*.parquet"))
+    return [Sample(**row) for path in paths for row in pq.read_table(path, schema=_SAMPLE).to_pylist()]
+
+
+def summarise(store: PairStore, judge: Judge, settings: GenerationSettings) -> dict[str, Any]:
+    """The data card's figures, from the recorded samples alone."""
+    samples = read_samples(store)
+    k = settings.samples_per_prompt
+    groups = [samples[start : start + k] for start in range(0, len(samples), k)]
+    results = [_paired(group, settings) for group in groups]
+    pairs = [(group[pair.chosen], group[pair.rejected]) for group, one in zip(groups, results, strict=True) for pair in one.pairs]
+    shown = pairs[:: max(1, math.ceil(len(pairs) / EXAMPLES))]
+    return {
+        "prompts": len(groups),
+        "samples": len(samples),
+        "pairs": len(pairs),
+        "ties_dropped": sum(result.ties_dropped for result in results),
+        "below_margin": sum(result.below_margin for result in results),
+        "duplicates_dropped": sum(result.duplicates_dropped for result in results),
+        "over_limit": sum(result.over_limit for result in results),
+        "no_pair_prompts": sum(not result.pairs for result in results),
+        "score_histogram": histogram([sample.score for sample in samples]),
+        "judge": {"name": judge.name, "version": judge.version},
+        "examples": [
+            {
+                "pair_id": _pair_id(chosen, rejected),
+                "prompt": chosen.prompt,
+                "chosen_score": chosen.score,
+                "rejected_score": rejected.score,
+            }
+            for chosen, rejected in shown
+        ],
+    }
+
+
+def _no_pairs(summary: Mapping[str, Any], settings: GenerationSettings, folder: Path) -> str:
+    return (
+        f"{folder}: the judge '{summary['judge']['name']}' prefers none of {summary['samples']} samples of {summary['prompts']} "
+        f"prompts: {summary['ties_dropped']} ties, {summary['below_margin']} differences not above the margin {settings.margin}, "
+        f"{summary['duplicates_dropped']} duplicates. Take more samples per prompt, a smaller margin, harder prompts or another judge."
+    )
