@@ -37,7 +37,7 @@ class Verb:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = ""
-        if message.startswith("unrecognized arguments"):
+        if message.startswith("unrecognized arguments: -"):
             hint = "\nSettings of the recipe are written without dashes: key=value, for example seed=3"
         self.exit(2, f"{self.prog}: {message}{hint}\nTry '{self.prog} --help'.\n")
 

@@ -8,6 +8,7 @@ recipe with the place of each of its values, or raises one :class:`UserError` th
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from polyalign.core.config_errors import booleans_for_numbers, problems_of
 from polyalign.core.config_source import Draft, KeyPath, apply_overrides, read, shown, to_yaml
 from polyalign.core.errors import UserError
+from polyalign.core.schema_walk import Shape, completed
 
 SUFFIXES = (".yaml", ".yml")
 NOT_RECIPES = ("accelerate",)
@@ -76,9 +78,10 @@ def validate(draft: Draft, schema: type[R]) -> tuple[R, Provenance]:
     """
     problems = [*draft.problems, *booleans_for_numbers(schema, draft)]
     try:
-        recipe = schema.model_validate(draft.data)
+        recipe = schema.model_validate(completed(draft.data, Shape(sections=(schema,))))
     except ValidationError as error:
-        problems += problems_of(error, schema, draft)
+        known = {problem.path for problem in problems}
+        problems += [problem for problem in problems_of(error, schema, draft) if problem.path not in known]
         recipe = None
     if problems or recipe is None:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
@@ -129,7 +132,7 @@ def find_config(name: str | Path, folder: Path | None = None) -> Path:
     """
     base = folder or Path()
     for suffix in ("", *SUFFIXES):
-        path = base / f"{Path(name).expanduser()}{suffix}"
+        path = Path(os.path.normpath(base / f"{Path(name).expanduser()}{suffix}"))
         if path.is_file():
             return path
     text = Path(name).as_posix()

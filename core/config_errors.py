@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from polyalign.core.config_source import Draft, KeyPath, Problem, dotted
-from polyalign.core.schema_walk import Shape, all_paths, inside, narrowed, without_tags
+from polyalign.core.schema_walk import Shape, all_paths, completed, inside, narrowed, without_tags
 
 EXPECTED = {
     "int_type": "must be a whole number",
@@ -36,8 +36,9 @@ LONGEST_VALUE = 60
 def problems_of(error: ValidationError, schema: type[BaseModel], draft: Draft) -> list[Problem]:
     """One problem for each error, in the order of the schema."""
     problems: dict[KeyPath, Problem] = {}
+    data = completed(draft.data, Shape(sections=(schema,)))
     for details in error.errors(include_url=False):
-        path, shape, outer = without_tags(details["loc"], schema, draft.data)
+        path, shape, outer = without_tags(details["loc"], schema, data)
         problem = _problem(details, path, shape, outer, schema, draft)
         before = problems.get(problem.path)
         problems[problem.path] = _either(before, problem) if before else problem

@@ -106,7 +106,7 @@ class _Dumper(yaml.SafeDumper):
 for _class in (_Loader, _Dumper):
     for _tag, _pattern, _first in _RESOLVERS:
         _class.add_implicit_resolver(_tag, re.compile(_pattern), [*_first, ""] if _tag.endswith("null") else list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node), 10))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _loader, node: int(node.value, 10))
 
 
 def to_yaml(data: Any) -> str:
@@ -281,28 +281,34 @@ def _set(draft: Draft, keys: tuple[str, ...], value: Any) -> None:
     path: KeyPath = ()
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
-        if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target) + last:
-                message = f"is not an entry of the list {dotted(path)}, which has {len(target)} entries, counted from 0"
-                draft.problems.append(Problem((*path, key), message, Place()))
-                return
-            step: str | int = int(key)
-            if step == len(target):
-                target.append(None)
-        else:
-            step = key
+        step = _step(target, key, may_append=last)
+        if step is None:
+            message = f"is not an entry of the list {dotted(path)}, which has {len(target)} entries, counted from 0"
+            draft.problems.append(Problem((*path, key), message, Place()))
+            return
         path = (*path, step)
         if last:
             _forget(draft, path)
             target[step] = value
             draft.places[path] = Place()
             return
-        child = target[step] if isinstance(target, list) else target.get(step)
-        if child is None:
-            child = target[step] = {}
+        if target[step] is None:
+            target[step] = {}
             draft.places[path] = Place()
-        if not isinstance(child, (dict, list)):
-            message = f"cannot be set, since {dotted(path)} is the single value {child!r} and not a section"
+        if not isinstance(target[step], (dict, list)):
+            message = f"cannot be set, since {dotted(path)} is the single value {target[step]!r} and not a section"
             draft.problems.append(Problem((*path, *keys[depth + 1 :]), message, Place()))
             return
-        target = child
+        target = target[step]
+
+
+def _step(target: Any, key: str, *, may_append: bool) -> Any:
+    """The key or index that ``key`` means in ``target``, where it then exists; None for a list that has no such entry."""
+    if isinstance(target, dict):
+        target.setdefault(key, None)
+        return key
+    if not key.isdigit() or int(key) >= len(target) + may_append:
+        return None
+    if int(key) == len(target):
+        target.append(None)
+    return int(key)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ DISK_FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file-size limit is reached",
 }
+SET_ASIDE = re.compile(r"\.stale-\d+$|^\..*\.tmp$")
 LOCK_TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 BLOCK_BYTES = 1 << 20
 
@@ -68,7 +70,7 @@ def disk_full_explained(what: str) -> Iterator[None]:
             raise
         raise UserError(
             f"{DISK_FULL[error.errno]}: could not write {error.filename or what} (while writing {what}). What was finished "
-            "before is kept. Free some space, or take another run folder with --run, and run the same command again to continue."
+            "before is kept. Free some space, or take another run folder with --run, and run the same command again to go on."
         ) from error
 
 
@@ -108,8 +110,8 @@ class Manifest:
 
 
 def manifest_of(folder: Path, items: Sequence[str]) -> Manifest:
-    """The manifest of files and whole folders below ``folder``."""
-    paths = sorted({path for item in items for path in _files(folder / item)})
+    """The manifest of files and whole folders below ``folder``; temporary files and those set aside do not belong to it."""
+    paths = sorted({path for item in items for path in _files(folder / item) if not SET_ASIDE.search(path.name)})
     entries = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     return Manifest(entries)
 

@@ -28,9 +28,14 @@ def start_accelerator(settings: TrainSettings, *, cpu: bool | None = None) -> Ac
         raise UserError("train.mixed_precision: fp16 needs a GPU. On this machine use bf16 or no.")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.mixed_precision:
+    precision = settings.mixed_precision
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if precision == "fp16":
+            raise UserError("train.mixed_precision: fp16 does not work under DeepSpeed here; use bf16 or no")
+        precision = "no"  # DeepSpeed would cast the weights themselves; the trainer's autocast does what bf16 means elsewhere
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier training in this process, with another precision
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     refuse_lost_processes(accelerator.num_processes)
     if settings.batch_size % accelerator.num_processes:
         raise UserError(

@@ -2,7 +2,8 @@
 
 No generator is carried from step to step and no global seed is set after the start, so nothing random has to be saved in a
 checkpoint and a resumed run draws what the uninterrupted one would have drawn. The idea is NVlabs/edm2's, which reseeds every
-step; here the key also names the purpose and the pair, so that a draw does not depend on the rank, the micro-batch or the order.
+step; here the key also names the purpose and the pair, so that a draw does not depend on the rank, the micro-batch or the
+order.
 """
 
 from __future__ import annotations

@@ -295,6 +295,10 @@ def refuse_unless_base_is_frozen(network: nn.Module) -> None:
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy that trains nothing and shares the parameters that ``network`` does not train."""
+    """A copy that no optimiser knows, sharing the parameters that ``network`` does not train.
+
+    ``requires_grad`` stays as it is, although nothing asks for a gradient: torch chooses CPU convolution kernels by that flag,
+    and the copy must give what the policy gives, to the last bit.
+    """
     shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(network, shared).requires_grad_(False)
+    return copy.deepcopy(network, shared)

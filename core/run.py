@@ -159,19 +159,24 @@ class RunFolder:
             yield stage
             return
         before = self.records().get(name, {}) if stage.status == "started" else {}
-        record = {"finished": False, "seconds": before.get("seconds", 0.0), "inputs_hash": digest}
-        record |= {"peak_memory_bytes": before.get("peak_memory_bytes", 0), "inputs": wanted, "after": upstream}
-        self._record(name, record)
+        record = {"finished": False, "inputs_hash": digest, "inputs": wanted, "after": upstream}
+        with self._measured(name, record, before), disk_full_explained(f"stage {name} in {self.path}"):
+            yield stage
+            record |= self._finished(name, products)
+
+    @contextmanager
+    def _measured(self, name: str, record: dict[str, Any], before: Mapping[str, Any]) -> Iterator[None]:
+        """Keep ``record`` in the ledger from the beginning; at the end, however it comes, with its time and memory, to which
+        those of an interrupted attempt ``before`` are added."""
+        seconds = before.get("seconds", 0.0)
+        self._record(name, record | {"seconds": seconds, "peak_memory_bytes": before.get("peak_memory_bytes", 0)})
         began = time.monotonic()
         reset_peak_memory()
         try:
-            with disk_full_explained(f"stage {name} in {self.path}"):
-                yield stage
-            record |= self._finished(name, products)
+            yield
         finally:
-            record["seconds"] = round(record["seconds"] + time.monotonic() - began, 3)
-            for key, value in peak_memory().items():
-                record[key] = max(value, record.get(key, 0))
+            record["seconds"] = round(seconds + time.monotonic() - began, 3)
+            record |= {key: max(value, before.get(key, 0)) for key, value in peak_memory().items()}
             self._record(name, record)
 
     def _assess(

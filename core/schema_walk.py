@@ -107,6 +107,44 @@ def narrowed(shape: Shape, value: Any) -> Shape:
     return shape
 
 
+def completed(value: Any, shape: Shape) -> Any:
+    """``value`` with what the defaults of its sections say beyond their types' own defaults.
+
+    A schema may give a key the default ``TrainSettings(steps=2)``, or one member of a tagged union; setting one key in that
+    section must not make its others fall back to something else.
+    """
+    if isinstance(value, list):
+        return [completed(child, inside(shape, index)) for index, child in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    shape = narrowed(shape, value)
+    found = dict(value)
+    for key, child in value.items():
+        for _, info in shape.fields().get(key, [])[:1]:
+            default = None if info.is_required() else info.get_default(call_default_factory=True)
+            if isinstance(child, Mapping) and isinstance(default, BaseModel):
+                found[key] = child = _under(child, default, shape_of_field(info).tag)
+        found[key] = completed(child, inside(shape, key))
+    return found
+
+
+def _under(value: Mapping[str, Any], default: BaseModel, tag: str | None) -> dict[str, Any]:
+    """``value`` laid over what ``default`` was made with, unless it chooses another member of the union."""
+    chosen = getattr(default, tag) if tag else None
+    if tag and value.get(tag, chosen) != chosen:
+        return dict(value)
+    return _laid_over(({tag: chosen} if tag else {}) | default.model_dump(exclude_unset=True), value)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _laid_over(below[key], above[key]) for key in above if _are_mappings(below.get(key), above[key])}
+    return {**below, **above, **both}
+
+
+def _are_mappings(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
 def without_tags(location: Sequence[str | int], schema: type[BaseModel], data: Any) -> tuple[KeyPath, Shape, Shape]:
     """A pydantic error location as a key path: pydantic puts the chosen member of a union into it, which no user wrote.
 

@@ -41,10 +41,10 @@ class DenseStatistics:
 class Scores:
     """Unit log-likelihoods (G, K, U) with their mask, in float32 or wider whatever the model's dtype.
 
-    ``residual`` (G, K, U, D), prediction minus target with gradient, is filled by denoising likelihoods on request: output-space
-    safeguards (Diffusion-SDPO) need it. ``notes`` are detached extras for the report, for instance ``timestep`` (G, U).
-    ``value_meaningful`` is False where the value is not a likelihood (score-difference surrogates): margins and accuracies
-    computed from it are then not rewards and are not reported.
+    ``residual`` (G, K, U, D), prediction minus target with gradient, is filled by denoising likelihoods on request:
+    output-space safeguards (Diffusion-SDPO) need it. ``notes`` are detached extras for the report, for instance ``timestep``
+    (G, U). ``value_meaningful`` is False where the value is not a likelihood (score-difference surrogates): margins and
+    accuracies computed from it are then not rewards and are not reported.
     """
 
     values: Tensor

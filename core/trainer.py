@@ -110,7 +110,7 @@ class Trainer:
         )
         for network in algorithm.networks.values():
             network.train()
-        with self.accelerator.autocast():
+        with autocast(settings, layout.device):
             algorithm.begin(self.data, layout, micro_batch_size=settings.micro_batch_size)
         began = time.monotonic()
 
@@ -121,7 +121,7 @@ class Trainer:
                 for rows, place, last in self._micro_batches(step):
                     torch.manual_seed(seed_of(self.seed, "layers", step, place))  # what dropout inside a network draws
                     batch = algorithm.prepare(rows, step=step).to(self.accelerator.device)
-                    with self.accelerator.autocast():
+                    with autocast(settings, layout.device):
                         outcomes = algorithm.step(batch, step=step)
                     for name, outcome in outcomes.items():
                         loss = outcome.loss.float().sum() / settings.batch_size
@@ -154,7 +154,7 @@ class Trainer:
     def _learner(self, name: str) -> Learner:
         network, config = self.algorithm.networks[name], self.optimizers[name]
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            from polyalign.core.deepspeed import DeepSpeedLearner
+            from polyalign.core.learner_deepspeed import DeepSpeedLearner
 
             learner: Learner = DeepSpeedLearner(network, config, self.accelerator, self.settings)
         else:
@@ -291,6 +291,13 @@ class Trainer:
         speed = pairs / seconds if steps and seconds else 0.0
         folder = None if newest is None else newest.folder
         return Summary(steps, self.settings.steps, seconds, pairs, speed, peak_memory(), folder)
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
+    """The recipe's precision for forward passes. The reference is scored inside it too, and after the policy: torch then uses
+    the policy's casts of the weights, which carry its gradient."""
+    dtype = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=settings.mixed_precision != "no")
 
 
 @lru_cache(maxsize=4)

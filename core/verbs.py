@@ -198,8 +198,7 @@ def _show_plan(job: Job, names: list[str]) -> int:
     print(dump(job.recipe))
     print(f"# run folder: {job.folder}{'' if job.folder.is_dir() else ' (new)'}")
     for stage in [stage for group in plan(job, names).values() for stage in group.values()]:
-        why = f"  {'; '.join(stage.reasons)}" if stage.reasons else ""
-        print(f"# {stage.name:12}{stage.status:8}{why}")
+        print(f"# {stage.name:12}{stage.status:9}{'; '.join(stage.reasons)}".rstrip())
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def remove_unfinished(folder: Path) -> list[Path]:
-    """Delete the temporary files that a killed run left in ``folder`` (``core.files.atomic_write`` names them) and say which."""
+    """Delete the temporary files of ``core.files.atomic_write`` that a killed run left in ``folder`` and say which."""
     left = sorted(folder.glob(".*.tmp"))
     for path in left:
         path.unlink(missing_ok=True)

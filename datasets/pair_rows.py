@@ -73,7 +73,9 @@ def to_stored(row: Mapping[str, Any], judges: Sequence[str]) -> dict[str, Any]:
     """
     for side in SCORES:
         if set(row[side]) != set(judges):
-            raise ValueError(f"pair {row['pair_id']!r}: {side} of {sorted(row[side])}, but this store's judges are {sorted(judges)}")
+            raise ValueError(
+                f"pair {row['pair_id']!r}: {side} of {sorted(row[side])}, but this store's judges are {sorted(judges)}"
+            )
     condition = dict(row["condition"])
     prompt, task = condition.pop("prompt"), condition.pop("task", None)
     provenance = {name: row["provenance"].get(name) for name in _PROVENANCE}
@@ -82,7 +84,11 @@ def to_stored(row: Mapping[str, Any], judges: Sequence[str]) -> dict[str, Any]:
         "condition": {"prompt": prompt, "task": task, "metadata": _json(condition)},
         **{side: _stored_picture(row[side]) for side in PICTURES},
         **{side: {name: float(row[side][name]) for name in judges} for side in SCORES},
-        "provenance": {**provenance, "sampler": _json(provenance["sampler"] or {}), "judges": _json(provenance["judges"] or {})},
+        "provenance": {
+            **provenance,
+            "sampler": _json(provenance["sampler"] or {}),
+            "judges": _json(provenance["judges"] or {}),
+        },
     }
 
 
@@ -94,14 +100,19 @@ def _stored_picture(picture: Image.Image | bytes) -> dict[str, Any]:
     return {"bytes": picture if isinstance(picture, bytes) else encode_png(picture), "path": None}
 
 
+def condition_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored condition as a plain mapping."""
+    task = {} if stored.get("task") is None else {"task": stored["task"]}
+    return {"prompt": stored["prompt"], **task, **json.loads(stored.get("metadata") or "{}")}
+
+
 def from_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored row as the trainer reads it: pictures decoded to RGB, JSON text opened."""
-    condition, provenance = stored["condition"], stored["provenance"]
-    task = {} if condition.get("task") is None else {"task": condition["task"]}
+    provenance = stored["provenance"]
     opened = {name: json.loads(provenance[name] or "{}") for name in ("sampler", "judges")}
     return {
         **stored,
-        "condition": {"prompt": condition["prompt"], **task, **json.loads(condition.get("metadata") or "{}")},
+        "condition": condition_of(stored["condition"]),
         **{side: decode(stored[side]["bytes"]) for side in PICTURES},
         "provenance": {**provenance, **opened},
     }

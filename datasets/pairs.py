@@ -1,8 +1,8 @@
 """The pair store: a folder of parquet shards that Hugging Face ``datasets`` opens, written so that nothing is lost.
 
-A shard is there whole or not at all (:func:`polyalign.core.files.atomic_write`) and its bytes depend on its rows alone: no time stamps,
-fixed writer options. So an interrupted generation goes on at the first missing shard and ends with the bytes it would have
-had, and ``content_hash`` names the store. :mod:`polyalign.datasets.pair_rows` has the columns.
+A shard is there whole or not at all (:func:`polyalign.core.files.atomic_write`) and its bytes depend on its rows alone: no time
+stamps, fixed writer options. So an interrupted generation goes on at the first missing shard and ends with the bytes it would
+have had, and ``content_hash`` names the store. :mod:`polyalign.datasets.pair_rows` has the columns.
 
 Opening ``datasets`` takes seconds and copies the store into its cache; the trainer therefore reads rows from the shards
 themselves, a few at a time (row groups of 8).
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.datasets.files import listed, remove_unfinished
-from polyalign.datasets.pair_rows import from_stored, row_problems, schema_of, schema_problems, to_stored
+from polyalign.datasets.pair_rows import condition_of, from_stored, row_problems, schema_of, schema_problems, to_stored
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,6 +112,11 @@ class PairStore:
             rows.append(self._decoded(groups[group][row % ROW_GROUP], shard, row))
         return rows
 
+    def conditions(self) -> list[dict[str, Any]]:
+        """The condition of every row, without touching the pictures."""
+        tables = [pq.read_table(path, columns=["condition"]) for path in self._shards_or_error()]
+        return [condition_of(row["condition"]) for table in tables for row in table.to_pylist()]
+
     def _decoded(self, stored: dict[str, Any], shard: int, row: int) -> dict[str, Any]:
         try:
             return from_stored(stored)
@@ -150,12 +155,14 @@ class PairStore:
         """Check every row of every shard and return the number of rows.
 
         Raises:
-            UserError: anything that is wrong, all of it at once (the first 20 are shown), each with shard, row, pair_id, column.
+            UserError: all that is wrong, at once (the first 20 are shown), each with shard, row, pair_id, column.
         """
         shards, problems, seen = self._shards_or_error(), [], {}
         numbers = [int(_SHARD.fullmatch(path.name)[1]) for path in shards]  # pyright: ignore[reportOptionalSubscript]
         gaps = sorted(set(range(numbers[-1])) - set(numbers))
-        problems += [f"shard pairs-{index:05d}.parquet is missing: the generation was interrupted, run it again" for index in gaps]
+        problems += [
+            f"shard pairs-{index:05d}.parquet is missing: the generation was interrupted, run it again" for index in gaps
+        ]
         for path in shards:
             problems += _shard_problems(path, seen)
         if problems:

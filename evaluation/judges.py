@@ -23,6 +23,8 @@ GROUP = "polyalign.judges"
 
 JUDGES: Mapping[str, str] = {
     "shapes": "polyalign.datasets.worlds.shapes:ShapesJudge",
+    "reference_style": "polyalign.datasets.reference_pictures:ReferenceStyleJudge",
+    "reference_name": "polyalign.datasets.reference_pictures:ReferenceNameJudge",
     "saturation": "polyalign.evaluation.image_statistics:SaturationJudge",
     "high_frequency": "polyalign.evaluation.image_statistics:HighFrequencyJudge",
     "clipping": "polyalign.evaluation.image_statistics:ClippingJudge",

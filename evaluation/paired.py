@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,43 +56,56 @@ def evaluate_paired(
     _check_lengths(conditions, {"base": base_outputs, "aligned": aligned_outputs, "seeds": seeds, **arms})
     if not judges:
         raise UserError("an evaluation needs at least one judge")
-    prompts = [str(condition["prompt"]) for condition in conditions]
     first, *others = judges
-    base = judged(first, conditions, base_outputs)
-    aligned = judged(first, conditions, aligned_outputs)
-
-    def over(other: Sequence[float], better: Sequence[float], *, key: str, margin: float = 0.0) -> dict[str, Any]:
-        keyed = seed_of(seed, "evaluation", key)
-        return paired_win_rate(other, better, seed=keyed, prompts=prompts, tie_margin=margin).as_json()
-
+    table = _Table(conditions, seed, tie_margin)
+    base, aligned = judged(first, conditions, base_outputs), judged(first, conditions, aligned_outputs)
     report: dict[str, Any] = {
         "judge": _identity(first),
-        "prompts": len(set(prompts)),
-        "win_rate": over(base, aligned, key="win_rate", margin=tie_margin),
-        "scores": {"base": _mean(base, prompts, seed), "aligned": _mean(aligned, prompts, seed)},
+        "prompts": len(set(table.prompts)),
+        "win_rate": table.win_rate(base, aligned, "win_rate"),
+        "scores": {"base": table.mean(base), "aligned": table.mean(aligned)},
         "tasks": by_task(conditions, base, aligned),
-        "other_judges": {
-            judge.name: over(
-                judged(judge, conditions, base_outputs), judged(judge, conditions, aligned_outputs), key=judge.name
-            )
-            for judge in others
-        },
+        "other_judges": {},
         "items": _items(conditions, seeds, base, aligned, base_images, aligned_images),
-        "arms": {},
+        "arms": {name: table.arm(name, judged(first, conditions, arms[name]), base, aligned) for name in arms},
     }
-    for name, outputs in arms.items():
-        scores = judged(first, conditions, outputs)
-        report["arms"][name] = {
-            **over(base, scores, key=f"arm {name}", margin=tie_margin),
-            "scores": _mean(scores, prompts, seed),
-            "aligned_over_this": over(scores, aligned, key=f"aligned over {name}", margin=tie_margin),
-        }
+    for judge in others:
+        scores = judged(judge, conditions, base_outputs), judged(judge, conditions, aligned_outputs)
+        report["other_judges"][judge.name] = replace(table, tie_margin=0.0).win_rate(*scores, judge.name)
     if artefacts is None:
-        pictures = all(isinstance(output, Image.Image) for output in [*base_outputs, *aligned_outputs])
-        artefacts = IMAGE_STATISTICS if pictures else {}
+        artefacts = IMAGE_STATISTICS if all(isinstance(o, Image.Image) for o in [*base_outputs, *aligned_outputs]) else {}
     if artefacts:
-        report["artefacts"] = compare_statistics(artefacts, base_outputs, aligned_outputs, prompts=prompts, seed=seed)
+        report["artefacts"] = compare_statistics(artefacts, base_outputs, aligned_outputs, prompts=table.prompts, seed=seed)
     return report
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What all comparisons of one evaluation share; ``seed`` keys each bootstrap together with what it is for."""
+
+    conditions: Sequence[Mapping[str, Any]]
+    seed: int
+    tie_margin: float
+
+    @property
+    def prompts(self) -> list[str]:
+        return [str(condition["prompt"]) for condition in self.conditions]
+
+    def win_rate(self, other: Sequence[float], better: Sequence[float], purpose: str) -> dict[str, Any]:
+        keyed = seed_of(self.seed, "evaluation", purpose)
+        return paired_win_rate(other, better, seed=keyed, prompts=self.prompts, tie_margin=self.tie_margin).as_json()
+
+    def mean(self, scores: Sequence[float]) -> dict[str, Any]:
+        mean, interval = bootstrap_mean(scores, seed=seed_of(self.seed, "evaluation", "scores"), clusters=self.prompts)
+        return {"mean": mean, "interval": list(interval)}
+
+    def arm(self, name: str, scores: Sequence[float], base: Sequence[float], aligned: Sequence[float]) -> dict[str, Any]:
+        """The arm's win rate over the base, its scores, and the aligned model's win rate over the arm."""
+        return {
+            **self.win_rate(base, scores, f"arm {name}"),
+            "scores": self.mean(scores),
+            "aligned_over_this": self.win_rate(scores, aligned, f"aligned over {name}"),
+        }
 
 
 def judged(judge: Judge, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]:
@@ -138,9 +152,7 @@ def compare_statistics(
     for name, statistic in statistics.items():
         before = np.array([statistic(output) for output in base])
         after = np.array([statistic(output) for output in aligned])
-        change, interval = bootstrap_mean(
-            (after - before).tolist(), seed=seed_of(seed, "artefact", name), clusters=prompts
-        )
+        change, interval = bootstrap_mean((after - before).tolist(), seed=seed_of(seed, "artefact", name), clusters=prompts)
         blocks[name] = {
             "base": float(before.mean()),
             "aligned": float(after.mean()),
@@ -156,7 +168,9 @@ def _check_lengths(conditions: Sequence[Any], columns: Mapping[str, Sequence[Any
         raise UserError("there is nothing to evaluate: no prompts were given")
     for name, column in columns.items():
         if len(column) != len(conditions):
-            raise UserError(f"a paired evaluation needs one of each for every prompt: {len(conditions)} prompts, {len(column)} {name}")
+            raise UserError(
+                f"a paired evaluation needs one of each for every prompt: {len(conditions)} prompts, {len(column)} {name}"
+            )
 
 
 def _identity(judge: Judge) -> dict[str, Any]:
@@ -166,11 +180,6 @@ def _identity(judge: Judge) -> dict[str, Any]:
     if broken_below is not None:
         identity["broken_below"] = float(broken_below)
     return identity
-
-
-def _mean(scores: Sequence[float], prompts: Sequence[str], seed: int) -> dict[str, Any]:
-    mean, interval = bootstrap_mean(scores, seed=seed_of(seed, "evaluation", "scores"), clusters=prompts)
-    return {"mean": mean, "interval": list(interval)}
 
 
 def _items(

@@ -136,9 +136,8 @@ def paired_win_rate(
     gains = np.asarray(aligned, dtype=np.float64) - np.asarray(base, dtype=np.float64)
     wins, losses = int((gains > tie_margin).sum()), int((gains < -tie_margin).sum())
     ties = len(gains) - wins - losses
-    if len(gains) == 0:
-        mean, interval = 0.5, (0.0, 1.0)
-    else:
+    mean, interval = 0.5, (0.0, 1.0)
+    if len(gains):
         points = np.where(gains > tie_margin, 1.0, np.where(gains < -tie_margin, 0.0, 0.5))
         mean, interval = bootstrap_mean(
             points.tolist(), seed=seed, clusters=prompts, resamples=resamples, confidence=confidence

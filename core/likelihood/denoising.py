@@ -11,7 +11,7 @@ trailing dimensions for one sample (C, H, W for latents of pictures; points, fra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -114,6 +114,13 @@ def rows_of(tensor: Tensor, candidates: int, units: int, *, per_candidate: bool)
     return tensor.unsqueeze(2).expand(-1, -1, units, *tensor.shape[2:]).flatten(0, 2)
 
 
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    counted = mask.sum(-1)
+    if bool((counted == 0).any()):
+        raise ValueError("the mask leaves a candidate without a single element to take the mean over")
+    return values.sum(-1) / counted
+
+
 def squared_error_scores(
     prediction: Tensor,
     target: Tensor,
@@ -139,17 +146,14 @@ def squared_error_scores(
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     residual = prediction.to(dtype) - target.to(dtype)
-    if mask is not None:
-        mask = mask.to(residual.device, dtype).expand_as(residual)
-        residual = residual * mask
-    residual = residual.flatten(3) if per_unit else residual.flatten(2).unsqueeze(2)
+    flat = (lambda tensor: tensor.flatten(3)) if per_unit else (lambda tensor: tensor.flatten(2).unsqueeze(2))
     if mask is None:
+        residual = flat(residual)
         error = residual.square().mean(-1)
     else:
-        counted = mask.flatten(3).sum(-1) if per_unit else mask.flatten(2).sum(-1).unsqueeze(2)
-        if bool((counted == 0).any()):
-            raise ValueError("the mask leaves a candidate without a single element to take the mean over")
-        error = residual.square().sum(-1) / counted
+        counted = mask.to(residual.device, dtype).expand_as(residual)
+        residual = flat(residual * counted)
+        error = _masked_mean(residual.square(), flat(counted))
     notes = {}
     if weight is not None:
         weight = weight.detach().to(error.device, error.dtype)
@@ -205,10 +209,4 @@ def denoising_scores(
         keep_residual=keep_residual,
         per_unit=True,
     )
-    return Scores(
-        values=scores.values,
-        mask=scores.mask,
-        unit=scores.unit,
-        residual=scores.residual,
-        notes={**scores.notes, "timestep": draws.timesteps},
-    )
+    return replace(scores, notes={**scores.notes, "timestep": draws.timesteps})

@@ -172,8 +172,7 @@ class NoiseSchedule:
             of_sample = torch.cat([1 / variance[:1], snr[:-1] - snr[1:]])
         else:
             of_sample = snr if weighting == "snr" else snr.clamp(max=gamma)
-        if prediction_type == "epsilon" and weighting != "elbo":
-            # Written so that a level without signal gives its limit, 1, and not 0/0.
+        if prediction_type == "epsilon" and weighting != "elbo":  # written so that a level without signal gives 1 and not 0/0
             weights = torch.ones_like(snr) if weighting == "snr" else (gamma / snr).clamp(max=1.0)
         else:
             weights = of_sample * {"epsilon": 1 / snr, "sample": torch.ones_like(snr)}.get(prediction_type, variance)

@@ -7,8 +7,8 @@
       chosen/cat.txt    or  cat.txt           the caption
       captions.jsonl    or so, for all: {"file_name": "cat.png", "prompt": "a cat"} a line; other keys stay in the condition
 
-Everything is checked before anything is written, and all that is wrong is said at once. Picture files are kept byte for byte; the
-two pictures of a pair may differ in size and format.
+Everything is checked before anything is written, and all that is wrong is said at once. Picture files are kept byte for byte;
+the two pictures of a pair may differ in size and format.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class FolderPair:
 def import_folders(folder: Path, store: PairStore) -> dict[str, Any]:
     """Read ``folder``, fill ``store`` and write its ``summary.json``; returns the summary.
 
-    A pair whose two pictures are the same to the pixel holds no preference: it is left out and counted. Shards that the store had
-    before are replaced. Interrupted, the import is simply done again: it gives the same bytes.
+    A pair whose two pictures are the same to the pixel holds no preference: it is left out and counted. Shards that the store
+    had before are replaced. Interrupted, the import is simply done again: it gives the same bytes.
 
     Raises:
         UserError: whatever is wrong with the folder (see :func:`read_folders`), no pair left, or no room on the disk.
@@ -57,7 +57,9 @@ def import_folders(folder: Path, store: PairStore) -> dict[str, Any]:
     folder = Path(folder)
     pairs, duplicates = read_folders(folder)
     if not pairs:
-        raise UserError(f"{folder}: in all of the {len(duplicates)} pairs the two pictures are identical, so nothing is preferred")
+        raise UserError(
+            f"{folder}: in all of the {len(duplicates)} pairs the two pictures are identical, so nothing is preferred"
+        )
     store.clear()
     for index, start in enumerate(range(0, len(pairs), ROWS_PER_SHARD)):
         store.write_shard(index, [_row(pair, folder) for pair in pairs[start : start + ROWS_PER_SHARD]], judges=[JUDGE])
@@ -89,8 +91,8 @@ def read_folders(folder: Path) -> tuple[list[FolderPair], list[str]]:
     absent = [f"{side}/" for side in SIDES if not (folder / side).is_dir()]
     if absent:
         raise UserError(
-            f"{folder}: no {' and no '.join(absent)} in this folder. It needs chosen/ and rejected/ with pictures of equal names, "
-            "and captions as .txt files beside them or in captions.jsonl"
+            f"{folder}: no {' and no '.join(absent)} in this folder. It needs chosen/ and rejected/ with pictures of equal "
+            "names, and captions as .txt files beside them or in captions.jsonl"
         )
     problems: list[str] = []
     sides = {side: _pictures(folder, side, problems) for side in SIDES}
@@ -180,13 +182,8 @@ class _Captions:
     def __init__(self, folder: Path, problems: list[str]):
         self.folder, self.problems = folder, problems
         self.lines = self._json_lines()
-        self.files = {
-            path.stem: path
-            for place in (folder / "rejected", folder, folder / "chosen")  # the last one counts
-            if _inside(place, folder)
-            for path in _entries(place)
-            if path.suffix.lower() == ".txt" and (place != folder / "rejected")
-        }
+        places = [place for place in (folder, folder / "chosen") if _inside(place, folder)]  # the last one counts
+        self.files = {path.stem: path for place in places for path in _entries(place) if path.suffix.lower() == ".txt"}
 
     def of(self, name: str) -> Condition | None:
         """The condition of a pair; None, and a problem, if it has no caption."""
@@ -196,7 +193,7 @@ class _Captions:
             return None
         if line is None and text is None:
             self.problems.append(
-                f"{name}: no caption; expected chosen/{name}.txt, {name}.txt or a line with \"file_name\": \"{name}\" in {CAPTIONS}"
+                f'{name}: no caption; expected chosen/{name}.txt, {name}.txt or a line with "file_name": "{name}" in {CAPTIONS}'
             )
             return None
         if line is not None and text is not None and line["prompt"] != text:
@@ -206,7 +203,9 @@ class _Captions:
 
     def unused(self, names: set[str]) -> list[str]:
         """Lines of ``captions.jsonl`` that belong to no picture."""
-        return [f"{CAPTIONS} names {name!r}, which is in neither chosen/ nor rejected/" for name in sorted(set(self.lines) - names)]
+        return [
+            f"{CAPTIONS} names {name!r}, which is in neither chosen/ nor rejected/" for name in sorted(set(self.lines) - names)
+        ]
 
     def _text(self, path: Path) -> str | None:
         shown = path.relative_to(self.folder).as_posix()

@@ -1,13 +1,15 @@
 """The world `shapes`: GenEval in miniature, with a judge that is exact.
 
-A picture is 32 x 32 RGB: one to four objects (a shape in a colour) on a light ground, one in each cell of a 2 x 2 grid, shifted by
-whole pixels. A prompt asks for one of GenEval's six tasks (Ghosh et al., arXiv 2310.11513): one object, two objects, a count,
-a colour, a position, colours bound to objects. The judge finds the objects by matching sprites, draws what it found, and compares
-with the picture: a picture that is not explained by its objects is *not clean*. Unlike GenEval, which forgives extra objects in
-four of the six tasks, a picture is right only if it holds exactly what the prompt asks for: here detection has no noise to forgive.
+A picture is 32 x 32 RGB: one to four objects (a shape in a colour) on a light ground, one in each cell of a 2 x 2 grid,
+shifted by whole pixels. A prompt asks for one of GenEval's six tasks (Ghosh et al., arXiv 2310.11513): one object, two
+objects, a count, a colour, a position, colours bound to objects. The judge finds the objects by matching sprites, draws what
+it found, and compares with the picture: a picture that is not explained by its objects is *not clean*. Unlike GenEval, which
+forgives extra objects in four of the six tasks, a picture is right only if it holds exactly what the prompt asks for: here
+detection has no noise to forgive.
 
 Training captions can be made wrong on purpose (`noisy_caption`): swapped sides, swapped colours, a wrong count, a forgotten
-object, as in the captions of the web. A model trained on them errs in the way that real models do, which leaves something to prefer.
+object, as in the captions of the web. A model trained on them errs in the way that real models do, which leaves something to
+prefer.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 OPENINGS = ("", "a picture of ", "a drawing of ")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # How often a training caption is wrong, by task. Nothing can be wrong about a lone object without a colour.
-CAPTION_NOISE = {"two_object": 0.15, "counting": 0.3, "colors": 0.1, "position": 0.3, "color_attr": 0.3}
+CAPTION_NOISE = {"two_object": 0.1, "counting": 0.2, "colors": 0.05, "position": 0.15, "color_attr": 0.15}
+# How often a training picture is of each task: relations and bound colours are the hard part, and come twice as often.
+TASK_WEIGHTS = {"single_object": 1, "two_object": 1, "counting": 1, "colors": 1, "position": 2, "color_attr": 2}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a prompt asks for. ``colours[i]`` is None where any colour will do; ``relation`` is of the first object to the second."""
+    """What a prompt asks for. ``colours[i]`` is None where any colour will do; ``relation`` is of the first object to the
+    second."""
 
     task: str
     shapes: tuple[str, ...]
@@ -86,8 +91,9 @@ def parse(prompt: str) -> Spec:
     spec = _specifications().get(_without_opening(prompt))
     if spec is None:
         raise ValueError(
-            f"the world 'shapes' does not know the prompt {prompt!r}; it speaks of {', '.join(SHAPES)} in {', '.join(COLOURS)}: "
-            f"'a circle', 'a red circle', 'three circles', 'a circle left of a square', 'a red circle and a blue square'"
+            f"the world 'shapes' does not know the prompt {prompt!r}; it speaks of {', '.join(SHAPES)} in "
+            f"{', '.join(COLOURS)}: 'a circle', 'a red circle', 'three circles', 'a circle left of a square', "
+            "'a red circle and a blue square'"
         )
     return spec
 
@@ -158,8 +164,9 @@ def prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def random_spec(rng: random.Random) -> Spec:
-    """One specification: the task evenly, then evenly within it."""
-    return rng.choice(_specifications_by_task()[rng.choice(TASKS)])
+    """One specification: the task by `TASK_WEIGHTS`, then evenly within it."""
+    task = rng.choices(list(TASK_WEIGHTS), weights=list(TASK_WEIGHTS.values()))[0]
+    return rng.choice(_specifications_by_task()[task])
 
 
 @lru_cache(maxsize=1)
@@ -218,7 +225,8 @@ def _colour(name: str) -> np.ndarray:
 
 
 def arrange(spec: Spec, rng: random.Random) -> list[Thing]:
-    """Things that satisfy ``spec``: cells by chance (or as the relation asks), unasked colours by chance, positions jittered."""
+    """Things that satisfy ``spec``: cells by chance (or as the relation asks), unasked colours by chance, positions
+    jittered."""
     cells = _cells(spec, rng)
     things = []
     for shape, colour, (column, row) in zip(spec.shapes, spec.colours, cells, strict=True):
@@ -332,7 +340,9 @@ class ShapesJudge:
     def verdict(self, condition: Mapping[str, Any], picture: Image.Image) -> Verdict:
         """Raises ValueError if the prompt is not of this world or the picture has another size than 32 x 32."""
         if picture.size != (SIZE, SIZE):
-            raise ValueError(f"the judge 'shapes' sees pictures of {SIZE} x {SIZE} pixels, found {picture.size[0]} x {picture.size[1]}")
+            raise ValueError(
+                f"the judge 'shapes' sees pictures of {SIZE} x {SIZE} pixels, found {picture.size[0]} x {picture.size[1]}"
+            )
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
         things, clean = detect(pixels)
         return Verdict(tuple(things), clean, clean and satisfies(things, parse(condition["prompt"])))

@@ -1,7 +1,7 @@
 """Charts as inline SVG, written by hand: no library, no script. Colours come from the style sheet by class name.
 
-Line charts use one coordinate system of 400 x 236 units that the page shows at 340 to 380 pixels, so that letters keep their size
-on a phone. Interval bars and histograms use percentages and fill whatever width there is.
+Line charts are 400 units wide, or 560 beside a text, and 236 high; the page shows a unit as about a pixel, so that letters keep
+their size on a phone. Interval bars and histograms use percentages and fill whatever width there is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from polyalign.evaluation.report.markup import number, text
 
-WIDTH, HEIGHT = 400, 236
+HEIGHT = 236
+NARROW, WIDE = 400, 560
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 42
 
 MOST_POINTS = 300
@@ -48,16 +49,29 @@ class Frame:
 
     x: tuple[float, float]
     y: tuple[float, float]
+    width: int
+
+    @property
+    def end(self) -> int:
+        """Right edge of the plotting area."""
+        return self.width - RIGHT
 
     def at_x(self, value: float) -> float:
-        return LEFT + (value - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - self.x[0]) / (self.x[1] - self.x[0]) * (self.end - LEFT)
 
     def at_y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
 
 
 def line_chart(
-    name: str, lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[float, str] | None = None, smooth: bool = True
+    name: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    level: tuple[float, str] | None = None,
+    smooth: bool = True,
+    width: int = NARROW,
 ) -> str:
     """A thick smoothed line over the faint raw one; ``level`` draws a dashed line at a value that means something.
 
@@ -65,7 +79,7 @@ def line_chart(
     """
     shown = [Line(line.label, line.colour, *thin(line.x, line.y)) for line in lines]
     centre = [smoothed(line.y) if smooth else line.y for line in shown]
-    frame = _frame([line.x for line in shown], [line.y for line in shown], centre, level)
+    frame = _frame([line.x for line in shown], [line.y for line in shown], centre, level, width=width)
     body = [_axes(frame, x_label, y_label), _level(frame, level)]
     for line, middle in zip(shown, centre, strict=True):
         if smooth:
@@ -76,15 +90,29 @@ def line_chart(
         f"{line.label} from {number(float(middle[0]))} to {number(float(middle[-1]))}"
         for line, middle in zip(shown, centre, strict=True)
     )
-    return _legend(lines) + _svg(name, f"{y_label} against {x_label}: {summary}", body, hover)
+    return _legend(lines) + _svg(name, frame, f"{y_label} against {x_label}: {summary}", body, hover)
 
 
 def point_chart(
-    name: str, groups: Sequence[Points], *, x_label: str, y_label: str, level: tuple[float, str] | None = None
+    name: str,
+    groups: Sequence[Points],
+    *,
+    x_label: str,
+    y_label: str,
+    level: tuple[float, str] | None = None,
+    width: int = NARROW,
 ) -> str:
-    """Means with error bars, joined by thin lines; the groups stand a little apart so that their bars do not cover each other."""
+    """Means with error bars, joined by thin lines; the groups stand a little apart so that no bar covers another."""
     lows, highs = [group.y - group.spread for group in groups], [group.y + group.spread for group in groups]
-    frame = _frame([group.x for group in groups], [*lows, *highs], [group.y for group in groups], level, pad_x=0.03, robust=False)
+    frame = _frame(
+        [group.x for group in groups],
+        [*lows, *highs],
+        [group.y for group in groups],
+        level,
+        width=width,
+        pad_x=0.03,
+        robust=False,
+    )
     body = [_axes(frame, x_label, y_label), _level(frame, level)]
     for place, group in enumerate(groups):
         shift = 5 * (place - (len(groups) - 1) / 2)
@@ -100,7 +128,7 @@ def point_chart(
         path = " ".join(f"{frame.at_x(x) + shift:.1f},{frame.at_y(y):.1f}" for x, y in zip(group.x, group.y, strict=True))
         body.append(f'<polyline class="joint {group.colour}" points="{path}"/>{"".join(marks)}')
     summary = "; ".join(f"{group.label} between {number(group.y.min())} and {number(group.y.max())}" for group in groups)
-    return _legend(groups) + _svg(name, f"{y_label} against {x_label}: {summary}", body, "")
+    return _legend(groups) + _svg(name, frame, f"{y_label} against {x_label}: {summary}", body, "")
 
 
 def interval_row(label: str, low: float, middle: float, high: float, *, colour: str, says: str) -> str:
@@ -135,10 +163,10 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, what: str) -> st
     top = max(counts) or 1
     width = 100 / len(counts)
     bars = "".join(
-        f'<g><title>{text(f"{number(edges[i])} to {number(edges[i + 1])}: {count}")}</title>'
+        f"<g><title>{text(f'{number(edges[i])} to {number(edges[i + 1])}: {count}')}</title>"
         f'<rect class="hit" x="{i * width:.2f}%" y="0" width="{width:.2f}%" height="120"/>'
-        f'<rect class="column" x="{(i + 0.08) * width:.2f}%" y="{120 - 112 * count / top:.1f}" width="{0.84 * width:.2f}%" '
-        f'height="{112 * count / top:.1f}"/></g>'
+        f'<rect class="column" x="{(i + 0.08) * width:.2f}%" y="{120 - 100 * count / top:.1f}" width="{0.84 * width:.2f}%" '
+        f'height="{100 * count / top:.1f}"/></g>'
         for i, count in enumerate(counts)
     )
     middle = (edges[0] + edges[-1]) / 2
@@ -149,6 +177,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, what: str) -> st
     says = f"histogram of {what}: {sum(counts)} values from {number(edges[0])} to {number(edges[-1])}, at most {top} in a bin"
     return (
         f'<svg class="histogram" width="100%" height="144" role="img" aria-label="{text(says)}">'
+        f'<line class="grid-line" x1="0" x2="100%" y1="20" y2="20"/><text x="0" y="14">{top:,}</text>'
         f'<line class="axis" x1="0" x2="100%" y1="120" y2="120"/>{bars}{labels}</svg>'
     )
 
@@ -157,7 +186,8 @@ def share_bar(share: float, says: str) -> str:
     """A plain bar of ``share`` of the width, for tables."""
     return (
         f'<svg class="share" width="100%" height="12" role="img" aria-label="{text(says)}"><title>{text(says)}</title>'
-        f'<rect class="rest" width="100%" height="12" rx="2"/><rect class="column" width="{100 * share:.1f}%" height="12" rx="2"/></svg>'
+        '<rect class="rest" width="100%" height="12" rx="2"/>'
+        f'<rect class="column" width="{100 * share:.1f}%" height="12" rx="2"/></svg>'
     )
 
 
@@ -182,10 +212,10 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers (1, 2, 5 times a power of ten) inside the range, about ``count`` of them."""
+    """Round numbers (1, 2, 2.5, 5 times a power of ten) inside the range, about ``count`` of them."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -196,6 +226,7 @@ def _frame(
     centre: Sequence[np.ndarray],
     level: tuple[float, str] | None,
     *,
+    width: int,
     pad_x: float = 0.0,
     robust: bool = True,
 ) -> Frame:
@@ -212,22 +243,22 @@ def _frame(
         left, right = left - 1, right + 1
     gap = pad_x * (right - left)
     bottom = 0.0 if 0 <= low < pad else low - pad
-    return Frame((left - gap, right + gap), (float(bottom), float(high + pad)))
+    return Frame((left - gap, right + gap), (float(bottom), float(high + pad)), width)
 
 
 def _axes(frame: Frame, x_label: str, y_label: str) -> str:
     parts = []
     for value in nice_ticks(*frame.y):
         y = frame.at_y(value)
-        parts.append(f'<line class="grid-line" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid-line" x1="{LEFT}" x2="{frame.end}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
     for value in nice_ticks(*frame.x):
         x = frame.at_x(value)
-        anchor = "end" if x > WIDTH - RIGHT - 8 else "middle"
+        anchor = "end" if x > frame.end - 8 else "middle"
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="{anchor}">{number(value)}</text>')
     base = HEIGHT - BOTTOM
-    middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + base) / 2
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    middle_x, middle_y = (LEFT + frame.end) / 2, (TOP + base) / 2
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{frame.end}" y1="{base}" y2="{base}"/>')
     parts.append(f'<text class="label" x="{middle_x}" y="{HEIGHT - 7}" text-anchor="middle">{text(x_label)}</text>')
     parts.append(
         f'<text class="label" transform="translate(11 {middle_y}) rotate(-90)" text-anchor="middle">{text(y_label)}</text>'
@@ -241,8 +272,8 @@ def _level(frame: Frame, level: tuple[float, str] | None) -> str:
     y = frame.at_y(level[0])
     above = y - 5 if y - 5 > TOP + 8 else y + 13
     return (
-        f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick level-name" x="{WIDTH - RIGHT}" y="{above:.1f}" text-anchor="end">{text(level[1])}</text>'
+        f'<line class="level" x1="{LEFT}" x2="{frame.end}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick level-name" x="{frame.end}" y="{above:.1f}" text-anchor="end">{text(level[1])}</text>'
     )
 
 
@@ -255,14 +286,14 @@ def _hover(frame: Frame, lines: Sequence[Line], centre: Sequence[np.ndarray], x_
     """Invisible columns that show the values there as the browser's own tooltip."""
     places = max((line.x for line in lines), key=len)
     chosen = places[np.linspace(0, len(places) - 1, min(HOVER_COLUMNS, len(places))).astype(int)]
-    width = (WIDTH - LEFT - RIGHT) / max(len(chosen), 1)
+    width = (frame.end - LEFT) / max(len(chosen), 1)
     columns = []
     for place in chosen:
         says = [f"{x_label} {number(float(place))}"]
         for line, middle in zip(lines, centre, strict=True):
             nearest = int(np.abs(line.x - place).argmin())
             says.append(f"{line.label}: {number(float(middle[nearest]))} (raw {number(float(line.y[nearest]))})")
-        x = min(max(frame.at_x(float(place)) - width / 2, LEFT), WIDTH - RIGHT - width)
+        x = min(max(frame.at_x(float(place)) - width / 2, LEFT), frame.end - width)
         columns.append(
             f'<rect class="hit" x="{x:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}">'
             f"<title>{text(chr(10).join(says))}</title></rect>"
@@ -277,10 +308,10 @@ def _legend(lines: Sequence[Line] | Sequence[Points]) -> str:
     return f'<ul class="legend" aria-hidden="true">{keys}</ul>'
 
 
-def _svg(name: str, summary: str, body: Sequence[str], over: str) -> str:
+def _svg(name: str, frame: Frame, summary: str, body: Sequence[str], over: str) -> str:
     axes, level, *curves = body
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(summary, 600)}">'
-        f'<clipPath id="clip-{name}"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'
+        f'<svg class="chart" viewBox="0 0 {frame.width} {HEIGHT}" role="img" aria-label="{text(summary, 600)}">'
+        f'<clipPath id="clip-{name}"><rect x="{LEFT}" y="{TOP}" width="{frame.end - LEFT}" height="{HEIGHT - TOP - BOTTOM}"/>'
         f'</clipPath>{axes}{level}<g clip-path="url(#clip-{name})">{"".join(curves)}</g>{over}</svg>'
     )

@@ -18,7 +18,7 @@ from polyalign.evaluation.report.recipe import RecipeDifference, compare_with_re
 HASHED_AT_MOST = 512 * 2**20
 """Files above this size in bytes are listed by size only; hashing them would cost longer than the report."""
 
-PAIR_EXAMPLES = 6
+PAIR_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -189,16 +189,15 @@ def hash_files(folder: Path) -> dict[str, str]:
         if size > HASHED_AT_MOST:
             hashes[name] = f"{size} bytes, too large to hash here"
             continue
-        with path.open("rb") as stream:
-            hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+        hashes[name] = _sha256(path)
     return hashes
 
 
-def _sha256(stream: Any) -> str:
-    """What ``hashlib.file_digest`` does, for Python 3.10."""
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    while block := stream.read(2**20):
-        digest.update(block)
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -12,6 +12,9 @@ from polyalign.evaluation.report.markup import foreign, note, number, signed, ta
 from polyalign.evaluation.report.verdict import broken_counts, describe, is_better, is_worse, p_value, statistic_alarm
 
 GRID_AT_MOST = 120
+FIRST_SHOWN = 12
+"""Cards before the button that shows the rest; the style sheet hides from the next one on."""
+
 WORST_SHOWN = 8
 
 Item = Mapping[str, Any]
@@ -21,37 +24,42 @@ def gain(item: Item) -> float:
     return float(item["aligned_score"]) - float(item["base_score"])
 
 
+def _lot(item: Item) -> int:
+    """A fixed lot for each item, so that among equal gains no prompt comes first by its letters."""
+    return seed_of(0, "grid", str(item["prompt"]), int(item["seed"]))
+
+
 def select(items: Sequence[Item], limit: int) -> list[Item]:
     """All items if they are few; else a third biggest gains, a third worst regressions, the rest a keyed choice of the others.
 
     Sorted by gain, biggest first.
     """
-    ranked = sorted(items, key=lambda item: (-gain(item), str(item["prompt"]), item["seed"]))
+    ranked = sorted(items, key=lambda item: (-gain(item), _lot(item)))
     if len(ranked) <= limit:
         return ranked
     third = limit // 3
     ends = ranked[:third] + (ranked[-third:] if third else [])
     inner = ranked[third : len(ranked) - third]
-    keyed = sorted(inner, key=lambda item: seed_of(0, "grid", str(item["prompt"]), int(item["seed"])))
-    return sorted(ends + keyed[: limit - len(ends)], key=lambda item: (-gain(item), str(item["prompt"]), item["seed"]))
+    keyed = sorted(inner, key=_lot)
+    return sorted(ends + keyed[: limit - len(ends)], key=lambda item: (-gain(item), _lot(item)))
 
 
 def regressions(items: Sequence[Item]) -> list[Item]:
     """The items that lost most, worst first."""
     lost = [item for item in items if gain(item) < 0]
-    return sorted(lost, key=lambda item: (gain(item), str(item["prompt"]), item["seed"]))[:WORST_SHOWN]
+    return sorted(lost, key=lambda item: (gain(item), _lot(item)))[:WORST_SHOWN]
 
 
 def win_rates(evaluation: Mapping[str, Any]) -> str:
     """The deciding judge first, then the others and the arms, each with its interval and the line at one half."""
     judge = evaluation.get("judge") or {}
-    rows = [_win_row(f"{foreign(judge.get('name', 'judge'))}, the deciding judge", evaluation["win_rate"], "aligned")]
+    rows = [_win_row(f"{foreign(judge.get('name', 'judge'))}, the deciding judge", evaluation["win_rate"])]
     for name, block in (evaluation.get("other_judges") or {}).items():
-        rows.append(_win_row(f"{foreign(name)}, another judge", block, "plain"))
+        rows.append(_win_row(f"{foreign(name)}, another judge", block))
     for name, arm in (evaluation.get("arms") or {}).items():
-        rows.append(_win_row(f"arm {foreign(name)} over the base", arm.get("win_rate", arm), "plain"))
+        rows.append(_win_row(f"arm {foreign(name)} over the base", arm.get("win_rate", arm)))
         if "aligned_over_this" in arm:
-            rows.append(_win_row(f"aligned over arm {foreign(name)}", arm["aligned_over_this"], "aligned"))
+            rows.append(_win_row(f"aligned over arm {foreign(name)}", arm["aligned_over_this"]))
     scale = (
         '<div class="win scale-row"><div></div><div class="win-bar">'
         f"{charts.interval_scale()}</div><div></div></div>"
@@ -64,16 +72,16 @@ def win_rates(evaluation: Mapping[str, Any]) -> str:
         f"(over {text(evaluation.get('prompts', '?'))} prompts)."
     )
     return (
-        "<p>Both models drew the same prompts with the same seeds. A dot is the share of decided comparisons that were won, its bar the "
-        "95 % Wilson interval; a bar that stays right of the line at 0.5 is a win beyond chance.</p>"
+        "<p>Both models drew the same prompts with the same seeds. A dot is the share of decided comparisons that were won, "
+        "its bar the 95 % Wilson interval; a bar that stays right of the line at 0.5 is a win beyond chance.</p>"
         f'<div class="wins">{"".join(rows)}{scale}</div>{_split_bar(rate)}{note(with_ties)}'
     )
 
 
-def _win_row(label: str, block: Mapping[str, Any], colour: str) -> str:
+def _win_row(label: str, block: Mapping[str, Any]) -> str:
     low, high = block["wilson"]
     kind = "good" if is_better(block) else "bad" if is_worse(block) else "even"
-    bar = charts.interval_row("win rate", low, block["rate"], high, colour=f"{colour} {kind}", says=describe(block))
+    bar = charts.interval_row("win rate", low, block["rate"], high, colour=kind, says=describe(block))
     return (
         f'<div class="win"><div class="win-name">{label}</div><div class="win-bar">{bar}</div>'
         f'<div class="win-figures"><b>{block["rate"]:.3f}</b> <span>[{low:.3f}, {high:.3f}]</span> '
@@ -91,7 +99,8 @@ def _split_bar(rate: Mapping[str, Any]) -> str:
     for key, kind, name in (("wins", "good", "won"), ("ties", "tie", "tied"), ("losses", "bad", "lost")):
         width = 100 * rate[key] / total
         parts.append(
-            f'<rect class="part {kind}" x="{left:.2f}%" width="{width:.2f}%" height="14"><title>{rate[key]} {name}</title></rect>'
+            f'<rect class="part {kind}" x="{left:.2f}%" width="{width:.2f}%" height="14">'
+            f"<title>{rate[key]} {name}</title></rect>"
         )
         left += width
     says = f"{rate['wins']} won, {rate['ties']} tied, {rate['losses']} lost of {total}"
@@ -107,8 +116,10 @@ def _split_bar(rate: Mapping[str, Any]) -> str:
 
 def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: bool) -> str:
     """Before and after on the same seeds, with buttons that sort."""
-    which = f"All {total} comparisons" if len(items) == total else (
-        f"{len(items)} of {total} comparisons: the biggest gains, the worst regressions and a fixed choice of the rest"
+    which = (
+        f"All {total} comparisons"
+        if len(items) == total
+        else (f"{len(items)} of {total} comparisons: the biggest gains, the worst regressions and a fixed choice of the rest")
     )
     said = [f"{which}. Left the base, right the aligned model; below, the judge's score of each."]
     if not embedded:
@@ -126,16 +137,22 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
     else:
         controls = ""
     cards = "".join(card(item, shown, place) for place, item in enumerate(items))
-    return f'<p>{" ".join(said)}</p>{controls}<ul class="cards" id="cards">{cards}</ul><p id="sorted" class="unseen" role="status"></p>'
+    many = len(items) > FIRST_SHOWN
+    more = f'<p class="more"><button type="button" id="more">Show all {len(items)}</button></p>' if many else ""
+    kind = "cards short" if many else "cards"
+    return (
+        f'<p>{" ".join(said)}</p>{controls}<ul class="{kind}" id="cards">{cards}</ul>{more}'
+        '<p id="sorted" class="unseen" role="status"></p>'
+    )
 
 
 def card(item: Item, shown: pictures.Album, place: int) -> str:
     """One comparison: two pictures, the prompt, the scores, the gain."""
     change = gain(item)
     kind, word = ("good", "better") if change > 0 else ("bad", "worse") if change < 0 else ("tie", "same")
-    task = f'<span class="task">{foreign(item["task"], 40)}</span>' if item.get("task") else ""
+    task = f'<span class="task">{foreign(str(item["task"]).replace("_", " "), 40)}</span>' if item.get("task") else ""
     sides = "".join(
-        f'<figure>{_picture(item, side, shown)}<figcaption>{side} <b>{number(item[f"{side}_score"])}</b></figcaption></figure>'
+        f"<figure>{_picture(item, side, shown)}<figcaption>{side} <b>{number(item[f'{side}_score'])}</b></figcaption></figure>"
         for side in ("base", "aligned")
     )
     shown_gain = signed(change) if change else "0"
@@ -166,8 +183,8 @@ def worst(evaluation: Mapping[str, Any], shown: pictures.Album) -> str:
         return "<p>No comparison was lost.</p>"
     count = sum(gain(item) < 0 for item in evaluation["items"])
     cards = "".join(card(item, shown, place) for place, item in enumerate(lost))
-    which = f"The {len(lost)} worst of {count}" if count > len(lost) else f"All {count}"
-    return f'<p>{which} comparisons that the aligned model lost.</p><ul class="cards">{cards}</ul>'
+    which = f"The {len(lost)} worst of {count} comparisons" if count > len(lost) else f"Every comparison ({count})"
+    return f'<p>{which} that the aligned model lost.</p><ul class="cards">{cards}</ul>'
 
 
 def tasks(evaluation: Mapping[str, Any]) -> str:
@@ -184,10 +201,10 @@ def tasks(evaluation: Mapping[str, Any]) -> str:
         won = f"{sum(g > 0 for g in own)} / {sum(g < 0 for g in own)}" if own else "\u2013"
         rows.append(
             [foreign(str(name).replace("_", " "), 60), str(block["n"]), f"{block['base']:.3f}", f"{block['aligned']:.3f}"]
-            + [f'<span class="badge {kind}">{signed(change)}</span>', won]
+            + [f'<span class="badge {kind}">{change:+.3f}</span>', won]
         )
-    head = ["task", "prompts and seeds", "base", "aligned", "change", "won / lost"]
-    return f"<p>Mean score of the deciding judge.</p>{table(head, rows, numeric=(1, 2, 3, 4, 5))}"
+    head = ["task", "n", "base", "aligned", "change", "won / lost"]
+    return f"<p>Mean score of the deciding judge over n samples of each task.</p>{table(head, rows, numeric=(1, 2, 3, 4, 5))}"
 
 
 def scores_and_alarms(data: ReportData) -> str:
@@ -218,12 +235,17 @@ def _statistics(blocks: Mapping[str, Mapping[str, Any]]) -> str:
         low, high = block["interval"]
         alarm = statistic_alarm(block)
         rows.append(
-            [foreign(str(name).replace("_", " "), 60), number(block["base"]), number(block["aligned"]), signed(block["change"])]
-            + [f"{signed(low)} to {signed(high)}", number(block["base_spread"])]
+            [
+                foreign(str(name).replace("_", " "), 60),
+                f"{block['base']:.4f}",
+                f"{block['aligned']:.4f}",
+                f"{block['change']:+.4f}",
+            ]
+            + [f"{low:+.4f} to {high:+.4f}", f"{block['base_spread']:.4f}"]
             + [f'<span class="badge {"bad" if alarm else "tie"}">{"alarm" if alarm else "quiet"}</span>']
         )
     head = ["statistic", "base", "aligned", "change", "95 % interval", "spread of the base", ""]
     return (
-        "<p>Over-optimised pictures glare and grow grids. These statistics need no model; the verdict's rules say how far each may rise.</p>"
-        + table(head, rows, numeric=(1, 2, 3, 4, 5))
+        "<p>Over-optimised pictures glare and grow grids. These statistics need no model; the verdict's rules say how far "
+        "each may rise.</p>" + table(head, rows, numeric=(1, 2, 3, 4, 5))
     )

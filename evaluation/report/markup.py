@@ -41,7 +41,8 @@ def table(
     )
     label = f"<caption>{caption}</caption>" if caption else ""
     style = ' class="fixed"' if fixed else ""
-    return f'<div class="scroll" tabindex="0"><table{style}>{label}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    content = f"{label}<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll" tabindex="0"><table{style}>{content}</table></div>'
 
 
 def figures(pairs: Iterable[tuple[str, str, str]]) -> str:

@@ -62,12 +62,13 @@ def html_page(data: ReportData, verdict: Verdict) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n<meta name="color-scheme" content="light dark"/>\n'
-        '<meta name="referrer" content="no-referrer"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
+        '<meta name="color-scheme" content="light dark"/>\n<meta name="referrer" content="no-referrer"/>\n'
         f"<title>{text(verdict.state.capitalize())}: {text(data.title, 120)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f'<header class="top"><p class="brand">polyalign <span>alignment report</span></p><p class="run">{foreign(data.title, 120)}</p>'
-        f'</header>\n<main>{_head(data, verdict)}<nav aria-label="Sections"><ul>{links}</ul></nav>{body}</main>\n'
-        f'<footer><p>Written by polyalign {text(__version__)}. One file, no connections: it can be sent as it is.</p></footer>\n'
+        f'<header class="top"><p class="brand">polyalign <span>alignment report</span></p>'
+        f'<p class="run">{foreign(data.title, 120)}</p></header>\n'
+        f'<main>{_head(data, verdict)}<nav aria-label="Sections"><ul>{links}</ul></nav>{body}</main>\n'
+        f"<footer><p>Written by polyalign {text(__version__)}. One file, no connections: send it as it is.</p></footer>\n"
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
 
@@ -82,7 +83,9 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
         shown = comparison.select(items, limit)
         names = pictures.names_of([*comparison.regressions(items), *shown]) if data.embed_images else []
         album = pictures.album(data.folder, names)
-        grid = comparison.grid(shown, len(items), album, embedded=data.embed_images) if shown else note("No comparisons to show.")
+        grid = (
+            comparison.grid(shown, len(items), album, embedded=data.embed_images) if shown else note("No comparisons to show.")
+        )
         parts += [
             ("wins", "Win rates", comparison.win_rates(evaluation)),
             ("grid", "Before and after", grid),
@@ -91,7 +94,9 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
             ("alarms", "Scores and alarms", comparison.scores_and_alarms(data)),
         ]
     else:
-        parts.append(("wins", "Win rates", note("The run has no evaluation: no win rate, no before and after, no regressions.")))
+        parts.append(
+            ("wins", "Win rates", note("The run has no evaluation: no win rate, no before and after, no regressions."))
+        )
     absent = note("The run has no metrics.jsonl: no curves.")
     parts += [
         ("curves", "Training", training.curves(metrics) if metrics else absent),
@@ -153,7 +158,8 @@ def _head(data: ReportData, verdict: Verdict) -> str:
     notes = "".join(f"<li>{foreign(caution, 600)}</li>" for caution in said)
     missing = "".join(f"<li>{foreign(line)}</li>" for line in data.missing)
     return (
-        f'<section class="verdict {kind}" aria-labelledby="verdict-title"><h1 id="verdict-title">{text(verdict.state.capitalize())}</h1>'
+        f'<section class="verdict {kind}" aria-labelledby="verdict-title">'
+        f'<h1 id="verdict-title">{text(verdict.state.capitalize())}</h1>'
         f'<p class="sentence">{text(SENTENCES[verdict.state])}</p>{_head_bar(data.evaluation)}{figures(_key_figures(data))}'
         f'<p class="rule"><b>The rule that fired: {text(verdict.rule.name)}.</b> It fires when {text(verdict.rule.says, 600)}. '
         f"Found: {foreign(verdict.rule.found, 600)}.</p>{_all_rules(verdict)}</section>"
@@ -168,7 +174,8 @@ def _head_bar(evaluation: Mapping[str, Any] | None) -> str:
     rate = evaluation["win_rate"]
     low, high = rate["wilson"]
     bar = interval_row("win rate over the base", low, rate["rate"], high, colour="head", says=describe(rate))
-    return f'<div class="head-bar">{bar}{interval_scale()}<p class="scale-words"><span>base better</span><span>aligned better</span></p></div>'
+    words = '<p class="scale-words"><span>base better</span><span>aligned better</span></p>'
+    return f'<div class="head-bar">{bar}{interval_scale()}{words}</div>'
 
 
 def _key_figures(data: ReportData) -> list[tuple[str, str, str]]:
@@ -176,11 +183,11 @@ def _key_figures(data: ReportData) -> list[tuple[str, str, str]]:
     if data.evaluation:
         rate, scores = data.evaluation["win_rate"], data.evaluation.get("scores") or {}
         low, high = rate["wilson"]
-        cells.append(("win rate over the base", f"{100 * rate['rate']:.1f} %", f"95 % interval {100 * low:.1f} to {100 * high:.1f}"))
+        cells.append(("win rate", f"{100 * rate['rate']:.1f} %", f"95 % interval {100 * low:.1f} to {100 * high:.1f}"))
         cells.append(("won / lost", f"{rate['wins']} / {rate['losses']}", f"{rate['ties']} tied"))
         if "base" in scores and "aligned" in scores:
             before, after = scores["base"]["mean"], scores["aligned"]["mean"]
-            cells.append(("mean score", f"{before:.3f} \u2192 {after:.3f}", signed(after - before)))
+            cells.append(("mean score", f"{number(before)} \u2192 {number(after)}", signed(after - before)))
     if data.pairs and isinstance(data.pairs.get("pairs"), int):
         cells.append(("training pairs", f"{data.pairs['pairs']:,}", f"from {data.pairs.get('prompts', '?')} prompts"))
     if data.metrics:
@@ -198,15 +205,17 @@ def _loss_words(data: ReportData) -> str:
 
 def _all_rules(verdict: Verdict) -> str:
     state = {True: "fired", False: "no", None: "cannot be asked"}
-    rows = "".join(
-        f'<li class="{"fired" if rule is verdict.rule else ""}"><p><b>{text(rule.name)}</b> \u2192 {text(rule.state)} '
-        f'<span class="badge {"even" if rule is verdict.rule else "tie"}">{_rule_state(rule is verdict.rule, state[rule.fired])}</span></p>'
-        f'<p class="quiet">If {text(rule.says, 600)}.<br/>Found: {foreign(rule.found, 600)}.</p></li>'
-        for rule in verdict.rules
-    )
+    rows = []
+    for rule in verdict.rules:
+        decides = rule is verdict.rule
+        rows.append(
+            f'<li class="{"fired" if decides else ""}"><p><b>{text(rule.name)}</b> \u2192 {text(rule.state)} '
+            f'<span class="badge {"even" if decides else "tie"}">{_rule_state(decides, state[rule.fired])}</span></p>'
+            f'<p class="quiet">If {text(rule.says, 600)}.<br/>Found: {foreign(rule.found, 600)}.</p></li>'
+        )
     return (
-        "<details><summary>All rules, in the order they are asked</summary><p class=\"quiet\">Thresholds were fixed in the code before "
-        f'any run; the first rule that holds decides.</p><ol class="rules">{rows}</ol></details>'
+        '<details><summary>All rules, in the order they are asked</summary><p class="quiet">Thresholds were fixed in the '
+        f'code before any run; the first rule that holds decides.</p><ol class="rules">{"".join(rows)}</ol></details>'
     )
 
 

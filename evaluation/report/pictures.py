@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -99,6 +100,6 @@ def picture(image: Image.Image, side: int) -> Picture:
     return Picture("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii"), *small.size)
 
 
-def names_of(items: Iterable[dict]) -> list[str]:
+def names_of(items: Iterable[Mapping[str, Any]]) -> list[str]:
     """The picture paths that evaluation items name, in order."""
     return [item[side] for item in items for side in ("base_image", "aligned_image") if isinstance(item.get(side), str)]

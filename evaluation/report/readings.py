@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from polyalign.evaluation.report.collect import Metrics, ReportData
-from polyalign.evaluation.report.verdict import is_better
+from polyalign.evaluation.report.verdict import is_better, is_worse
 
 Movement = Literal["rose", "fell", "stayed"]
 
@@ -20,13 +20,19 @@ STANDARD_ERRORS = 2.0
 FEW_PROMPTS = 100
 """Below this a win rate's interval is wider than about 0.2, so that only large effects show."""
 
+LEAST_VALUES = 5
+"""A mean of fewer values has no standard error worth the name."""
+
 MANY_TIES = 0.5
 HIGH_ACCURACY = 0.97
 
 
 @dataclass(frozen=True)
 class Change:
-    """Policy error relative to the reference's, (policy - reference) / reference, over the last fifth of training."""
+    """Policy error relative to the reference's, (policy - reference) / reference, over the last fifth of training.
+
+    The standard error is infinite where there are too few values to have one.
+    """
 
     mean: float
     standard_error: float
@@ -60,7 +66,8 @@ _READINGS: dict[tuple[Movement, Movement], tuple[str, str]] = {
     ),
     ("fell", "fell"): (
         "both errors fell",
-        "the model moved towards both sides, as fine-tuning on all the outputs would; only the difference between the two is preference.",
+        "the model moved towards both sides, as fine-tuning on all the outputs would; only the difference between "
+        "the two is preference.",
     ),
     ("rose", "fell"): (
         "backwards",
@@ -80,13 +87,28 @@ _READINGS: dict[tuple[Movement, Movement], tuple[str, str]] = {
     ),
     ("stayed", "fell"): (
         "towards the rejected",
-        "the rejected outputs became likelier and the chosen ones did not: check the labels and the sign of the judge's weight.",
+        "the rejected outputs became likelier, the chosen ones did not: check the labels and the sign of the judge's weight.",
     ),
     ("stayed", "stayed"): (
         "neither moved",
         "policy and reference are still alike; try more steps, a higher learning rate or a lower beta.",
     ),
 }
+
+
+_WRONG_WAY: dict[Movement, tuple[str, str]] = {
+    "rose": (
+        "both errors rose, the chosen one more",
+        "the model lost both sides and the margin went the wrong way: the learning rate is too high, beta too low, or the "
+        "labels are swapped.",
+    ),
+    "fell": (
+        "both errors fell, the rejected one more",
+        "the model moved towards both sides and further towards the rejected: check the labels and the sign of the "
+        "judge's weight.",
+    ),
+}
+"""Both moved alike, and the margin with them below zero."""
 
 
 def relative_error(metrics: Metrics, side: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -106,7 +128,11 @@ def displacement(metrics: Metrics | None) -> Displacement | None:
     chosen, rejected = (_change(metrics, "chosen"), _change(metrics, "rejected")) if metrics else (None, None)
     if chosen is None or rejected is None:
         return None
+    if not (math.isfinite(chosen.standard_error) and math.isfinite(rejected.standard_error)):
+        return Displacement(chosen, rejected, "too few steps to tell", f"fewer than {LEAST_VALUES} steps were logged.")
     title, text = _READINGS[(chosen.movement, rejected.movement)]
+    if chosen.movement == rejected.movement != "stayed" and chosen.mean >= rejected.mean:
+        title, text = _WRONG_WAY[chosen.movement]
     return Displacement(chosen, rejected, title, text)
 
 
@@ -114,8 +140,9 @@ def _change(metrics: Metrics, side: str) -> Change | None:
     series = relative_error(metrics, side)
     if series is None:
         return None
-    values = series[1][-max(1, len(series[1]) // 5) :]
-    spread = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    values = series[1][-max(LEAST_VALUES, len(series[1]) // 5) :]
+    enough = len(values) >= LEAST_VALUES
+    spread = float(values.std(ddof=1)) / math.sqrt(len(values)) if enough else math.inf
     return Change(float(values.mean()), spread)
 
 
@@ -158,15 +185,18 @@ def _evaluation_cautions(evaluation: Mapping[str, Any]) -> list[str]:
     for name, arm in (evaluation.get("arms") or {}).items():
         against = arm.get("aligned_over_this")
         if against and not is_better(against):
+            place = "measurably ahead" if is_worse(against) else "not measurably behind"
             found.append(
-                f"The arm '{name}', trained for comparison, is not measurably behind: against it the aligned model won "
+                f"The arm '{name}', trained for comparison, is {place}: against it the aligned model won "
                 f"{against['wins']} and lost {against['losses']}."
             )
     prompts, rate = evaluation.get("prompts"), evaluation.get("win_rate")
     if isinstance(prompts, int) and prompts < FEW_PROMPTS:
         found.append(f"Only {prompts} prompts were compared: small effects do not show in so few.")
     if rate and (total := rate["wins"] + rate["losses"] + rate["ties"]) and rate["ties"] > MANY_TIES * total:
-        found.append(f"{rate['ties']} of {total} comparisons are ties: the win rate speaks of the other {total - rate['ties']}.")
+        found.append(
+            f"{rate['ties']} of {total} comparisons are ties: the win rate speaks of the other {total - rate['ties']}."
+        )
     return found
 
 

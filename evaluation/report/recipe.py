@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from polyalign.core.config import find_config, open_draft, packaged
 from polyalign.core.config_source import to_yaml
+from polyalign.core.environment import without_folders
 from polyalign.core.errors import UserError
 
 ABSENT = "(not set)"
@@ -31,9 +32,7 @@ class RecipeDifference:
     unstated: int
 
 
-def compare_with_recipe(
-    folder: Path, config: Mapping[str, Any], environment: Mapping[str, Any]
-) -> RecipeDifference | None:
+def compare_with_recipe(folder: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> RecipeDifference | None:
     """The difference from the recipe, or None where none can be found."""
     stored = folder / "recipe.yaml"
     if stored.is_file() and (content := _read(stored)) is not None:
@@ -102,9 +101,15 @@ def _nearest(known: Mapping[str, Path], config: Mapping[str, Any]) -> RecipeDiff
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Equal as configuration: 1 and 1.0 are, and so are 1.0e-4 and the text "1e-4", which YAML reads as a string."""
+    """Equal as configuration: 1 and 1.0 are, and so is a section in a list that states only some of its keys."""
     if ours == theirs:
         return True
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        return all(key in ours and _same(ours[key], value) for key, value in theirs.items())
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return all(map(_same, ours, theirs))
+    if isinstance(ours, Mapping | list) or isinstance(theirs, Mapping | list):
+        return False
     try:
         return not isinstance(ours, bool) and not isinstance(theirs, bool) and float(ours) == float(theirs)
     except (TypeError, ValueError):
@@ -112,4 +117,6 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return to_yaml(value).removesuffix("\n").removesuffix("\n...").strip()
+    """On one line, without the folders of absolute paths: the report is made to be sent around."""
+    shown = " ".join(to_yaml(value).removesuffix("\n").removesuffix("\n...").split())
+    return without_folders(shown)

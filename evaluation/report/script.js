@@ -1,11 +1,18 @@
 "use strict";
-// Sorts the before-and-after cards. Without scripts the page is complete, sorted by gain.
+// Sorts the before-and-after cards and shows the first of them until asked for all. Without scripts the page is complete, sorted by gain.
 (function () {
   const list = document.getElementById("cards");
   const status = document.getElementById("sorted");
   const buttons = Array.from(document.querySelectorAll("button[data-sort]"));
   if (!list || buttons.length === 0) return;
   document.documentElement.classList.add("scripted");
+  const more = document.getElementById("more");
+  if (more) {
+    more.addEventListener("click", () => {
+      list.classList.remove("short");
+      more.remove();
+    });
+  }
   const gain = (card) => Number(card.dataset.gain);
   const place = (a, b) => Number(a.dataset.place) - Number(b.dataset.place);
   const orders = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,14 @@ from polyalign.evaluation.report import charts, pictures
 from polyalign.evaluation.report.charts import Line, Points
 from polyalign.evaluation.report.collect import Metrics, PairExample, ReportData
 from polyalign.evaluation.report.markup import duration, figures, foreign, note, number, signed, size, table, text
-from polyalign.evaluation.report.readings import accuracy_reading, displacement, loss_reading, relative_error, weight_reading
+from polyalign.evaluation.report.readings import (
+    LEAST_VALUES,
+    accuracy_reading,
+    displacement,
+    loss_reading,
+    relative_error,
+    weight_reading,
+)
 from polyalign.evaluation.report.recipe import flatten
 
 TIMESTEP_BINS = 10
@@ -27,15 +34,26 @@ def curves(metrics: Metrics) -> str:
         _single(metrics, "loss", "Loss", "loss", loss_reading(metrics), None),
         _single(metrics, "rewards/accuracies", "Accuracy", "share of pairs", accuracy_reading(metrics), (0.5, "coin")),
         _single(metrics, "rewards/margins", "Margin", "reward difference", _margin_reading(metrics), (0.0, "")),
-        _single(metrics, "gradient_weight", "Gradient weight", "\u03c3(\u2212margin)", weight_reading(metrics), (0.5, "at the start")),
+        _single(
+            metrics,
+            "gradient_weight",
+            "Gradient weight",
+            "\u03c3(\u2212margin)",
+            weight_reading(metrics),
+            (0.5, "at the start"),
+        ),
         _single(metrics, "learning_rate", "Learning rate", "learning rate", _rate_reading(metrics), None, smooth=False),
-        _single(metrics, "gradient_norm", "Gradient norm", "norm before clipping", "Spikes here come before a run diverges.", None),
+        _single(
+            metrics, "gradient_norm", "Gradient norm", "norm before clipping", "Spikes here come before a run diverges.", None
+        ),
     ]
     absent = [name for name, cell in cells if not cell]
     parts.append(f'<div class="charts">{"".join(cell for _, cell in cells)}</div>')
     if absent:
         parts.append(note(f"Not logged: {', '.join(absent)}."))
-    parts.append(note("Thick: running mean over about a twelfth of the steps. Faint: the raw figures. Point at a chart for values."))
+    parts.append(
+        note("Thick: running mean over about a twelfth of the steps. Faint: the raw figures. Point at a chart for values.")
+    )
     return "".join(parts)
 
 
@@ -57,10 +75,7 @@ def _errors(metrics: Metrics) -> str:
     sides = [(side, relative_error(metrics, side)) for side in ("chosen", "rejected")]
     lines = [Line(side, side, *series) for side, series in sides if series]
     if lines:
-        drawing = charts.line_chart(
-            "errors", lines, x_label="optimiser step", y_label="error against the reference, %", level=(0.0, "reference")
-        )
-        return _wide("Chosen and rejected, separately", drawing, _displacement_words(metrics))
+        return _two_sides("errors", lines, "error against the reference, %", _displacement_words(metrics))
     lines = [
         Line(side, side, *metrics.series(name))
         for side in ("chosen", "rejected")
@@ -68,12 +83,20 @@ def _errors(metrics: Metrics) -> str:
     ]
     if not lines:
         return note("Neither errors nor rewards of the two sides were logged, so displacement cannot be seen.")
-    drawing = charts.line_chart("rewards", lines, x_label="optimiser step", y_label="reward", level=(0.0, "reference"))
     words = (
         "<p>Reward is beta times the log-ratio to the reference: above zero the output became likelier than it was for the "
         "reference, below zero less likely. A falling chosen side is displacement.</p>"
     )
-    return _wide("Chosen and rejected, separately", drawing, words)
+    return _two_sides("rewards", lines, "reward", words)
+
+
+def _two_sides(name: str, lines: Sequence[Line], y_label: str, words: str) -> str:
+    def draw(width: int) -> str:
+        return charts.line_chart(
+            f"{name}-{width}", lines, x_label="optimiser step", y_label=y_label, level=(0.0, "reference"), width=width
+        )
+
+    return _wide("Chosen and rejected, separately", draw, words)
 
 
 def _displacement_words(metrics: Metrics) -> str:
@@ -82,19 +105,27 @@ def _displacement_words(metrics: Metrics) -> str:
         return "<p>Only one side's error was logged.</p>"
     rows = "".join(
         f'<li><span class="key {side}"></span>{side}: <b>{signed(change.mean)} %</b> '
-        f'<span class="quiet">\u00b1 {number(2 * change.standard_error)}</span></li>'
+        f'<span class="quiet">\u00b1 {number(2 * change.standard_error, 2)}</span></li>'
         for side, change in (("chosen", reading.chosen), ("rejected", reading.rejected))
     )
     return (
-        f'<p class="reading"><b>{text(reading.title[0].upper() + reading.title[1:])}.</b> {text(reading.text[0].upper() + reading.text[1:])}'
-        f'</p><ul class="sides-list">{rows}</ul><p class="quiet">Mean of (policy \u2212 reference) / reference over the last fifth of '
-        "training, \u00b1 two standard errors. Both see the same noise and timesteps; lower error means likelier. One curve of the margin "
-        "would hide which side moved.</p>"
+        f'<p class="reading"><b>{text(_sentence(reading.title))}.</b> {text(_sentence(reading.text))}</p>'
+        f'<ul class="sides-list">{rows}</ul><p class="quiet">Mean of (policy \u2212 reference) / reference over the last fifth '
+        "of training, \u00b1 two standard errors. Both see the same noise and timesteps; lower error means likelier. One curve "
+        "of the margin would hide which side moved.</p>"
     )
 
 
-def _wide(title: str, drawing: str, words: str) -> str:
-    return f'<figure class="panel wide"><div><h3>{title}</h3>{drawing}</div><figcaption>{words}</figcaption></figure>'
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+def _wide(title: str, draw: Callable[[int], str], words: str) -> str:
+    """A chart beside its reading. It is drawn twice, for wide and for narrow screens, and the style sheet shows one."""
+    drawings = "".join(
+        f'<div class="{kind}">{draw(width)}</div>' for kind, width in (("broad", charts.WIDE), ("slim", charts.NARROW))
+    )
+    return f'<figure class="panel wide"><div><h3>{title}</h3>{drawings}</div><figcaption>{words}</figcaption></figure>'
 
 
 def _margin_reading(metrics: Metrics) -> str:
@@ -120,17 +151,23 @@ def timesteps(metrics: Metrics) -> str:
         _binned("last third of training", "policy", rows[-third:], top),
     ]
     groups = [group for group in groups if len(group.x)]
-    drawing = charts.point_chart("timesteps", groups, x_label="timestep (0 clean, high noisy)", y_label="margin", level=(0.0, ""))
-    return _wide("Where the margin comes from", drawing, f"<p>{text(_timestep_reading(groups[-1]))}</p>")
+    if not groups:
+        return note(f"Too few margins were logged: no range of the timestep has {LEAST_VALUES}.")
+
+    def draw(width: int) -> str:
+        label = "timestep (0 clean, high noisy)"
+        return charts.point_chart(f"timesteps-{width}", groups, x_label=label, y_label="margin", level=(0.0, ""), width=width)
+
+    return _wide("Where the margin comes from", draw, f"<p>{text(_timestep_reading(groups[-1]))}</p>")
 
 
 def _binned(label: str, colour: str, rows: Sequence[tuple[int, Sequence[tuple[float, float]]]], top: float) -> Points:
-    """Mean and two standard errors of the margin in equal bins of the timestep; empty bins are left out."""
+    """Mean and two standard errors of the margin in equal bins of the timestep; bins of too few values are left out."""
     t = np.array([t for _, points in rows for t, _ in points])
     margin = np.array([margin for _, points in rows for _, margin in points])
     bins = np.minimum((t / top * TIMESTEP_BINS).astype(int), TIMESTEP_BINS - 1)
-    kept = [b for b in range(TIMESTEP_BINS) if (bins == b).any()]
-    spreads = [2 * margin[bins == b].std() / max((bins == b).sum(), 1) ** 0.5 for b in kept]
+    kept = [b for b in range(TIMESTEP_BINS) if (bins == b).sum() >= LEAST_VALUES]
+    spreads = [2 * margin[bins == b].std(ddof=1) / (bins == b).sum() ** 0.5 for b in kept]
     return Points(
         label,
         colour,
@@ -147,8 +184,8 @@ def _timestep_reading(group: Points) -> str:
     best = int(np.argmax(group.y))
     share = f"clearly above zero in {int(clear.sum())} of {len(group.x)} ranges of the timestep"
     return (
-        f"By the end the margin is {share} and largest around timestep {group.x[best]:.0f}. Low timesteps decide detail, high ones "
-        "composition. Bars are two standard errors."
+        f"By the end the margin is {share} and largest around timestep {group.x[best]:.0f}. Low timesteps decide detail, "
+        "high ones composition. Bars are two standard errors."
     )
 
 
@@ -161,6 +198,7 @@ def data_card(data: ReportData) -> str:
         ("pairs", "pairs kept"),
         ("ties_dropped", "ties dropped"),
         ("below_margin", "below the margin"),
+        ("over_limit", "over the limit per prompt"),
         ("duplicates_dropped", "duplicates dropped"),
         ("no_pair_prompts", "prompts without a pair"),
     )
@@ -168,8 +206,10 @@ def data_card(data: ReportData) -> str:
     parts = [figures(cells)] if cells else [note("No summary of the pairs was found.")]
     judge = summary.get("judge")
     if isinstance(judge, Mapping) and judge:
-        said = ", ".join(f"{text(key, 40)} {foreign(value, 80)}" for key, value in flatten(judge))
-        parts.append(f"<p>Decided by the judge: {said}.</p>")
+        known_keys = [f"version {foreign(judge['version'], 40)}"] if "version" in judge else []
+        rest = [f"{text(key, 40)} {foreign(value, 80)}" for key, value in flatten(judge) if key not in ("name", "version")]
+        name = foreign(judge.get("name", "not named"), 80)
+        parts.append(f"<p>Decided by the judge {', '.join([name, *known_keys, *rest])}.</p>")
     parts.append(_histogram(summary.get("score_histogram")))
     parts.append(_examples(data.pair_examples))
     return "".join(parts)
@@ -179,7 +219,8 @@ def _histogram(block: Any) -> str:
     if not isinstance(block, Mapping) or not block.get("counts") or len(block["edges"]) != len(block["counts"]) + 1:
         return note("No histogram of scores was recorded.")
     drawing = charts.histogram(block["edges"], block["counts"], what="the judge's scores of all samples")
-    return f'<figure class="panel"><h3>Scores of all samples</h3>{drawing}<figcaption>The judge\'s score; the bars count samples.</figcaption></figure>'
+    words = "The judge's score; the bars count samples."
+    return f'<figure class="panel"><h3>Scores of all samples</h3>{drawing}<figcaption>{words}</figcaption></figure>'
 
 
 def _examples(examples: Sequence[PairExample]) -> str:
@@ -191,10 +232,16 @@ def _examples(examples: Sequence[PairExample]) -> str:
             ("rejected", example.rejected, example.rejected_score),
         ):
             image = pictures.decode(content)
-            shown = pictures.picture(image, 128).tag(f"{side}: {example.prompt}") if image else '<div class="absent">unreadable</div>'
+            shown = (
+                pictures.picture(image, 128).tag(f"{side}: {example.prompt}")
+                if image
+                else '<div class="absent">unreadable</div>'
+            )
             figure = f" <b>{number(score)}</b>" if score is not None else ""
             sides.append(f"<figure>{shown}<figcaption>{side}{figure}</figcaption></figure>")
-        cards.append(f'<li class="card"><div class="sides">{"".join(sides)}</div><p class="prompt">{foreign(example.prompt)}</p></li>')
+        cards.append(
+            f'<li class="card"><div class="sides">{"".join(sides)}</div><p class="prompt">{foreign(example.prompt)}</p></li>'
+        )
     if not cards:
         return note("No examples of pairs can be shown: the pair store holds none that can be read.")
     return f'<h3>The first {len(cards)} pairs</h3><ul class="cards">{"".join(cards)}</ul>'
@@ -217,7 +264,11 @@ def recipe(data: ReportData) -> str:
         [f"<code>{foreign(key, 120)}</code>", foreign(theirs, 160), foreign(ours, 160)]
         for key, theirs, ours in found.changes[:CHANGES_SHOWN]
     ]
-    more = note(f"{len(found.changes) - CHANGES_SHOWN} more changes are in report.json.") if len(found.changes) > CHANGES_SHOWN else ""
+    more = (
+        note(f"{len(found.changes) - CHANGES_SHOWN} more changes are in report.json.")
+        if len(found.changes) > CHANGES_SHOWN
+        else ""
+    )
     return f"<p>{how}{rest}</p>{table(['key', 'recipe', 'this run'], rows)}{more}"
 
 
@@ -233,7 +284,9 @@ def cost(stages: Mapping[str, Mapping[str, Any]]) -> str:
         peak = block.get("peak_memory_bytes")
         state = "" if block.get("finished", True) else ' <span class="badge bad">not finished</span>'
         bar = charts.share_bar(share, f"{100 * share:.0f} % of the time")
-        rows.append([foreign(name, 60) + state, duration(spent[name]), bar, size(peak) if isinstance(peak, int | float) else "\u2013"])
+        rows.append(
+            [foreign(name, 60) + state, duration(spent[name]), bar, size(peak) if isinstance(peak, int | float) else "\u2013"]
+        )
     rows.append(["<b>all</b>", f"<b>{duration(total)}</b>", "", ""])
     return table(["stage", "time", "share", "peak memory"], rows, numeric=(1, 3))
 
@@ -243,8 +296,12 @@ def environment(data: ReportData) -> str:
     leaves = [(key, value) for key, value in flatten(data.environment) if key != "argv"][:ENVIRONMENT_ROWS]
     parts = []
     if leaves:
-        rows = [[f"<code>{foreign(key, 100)}</code>", foreign("\u2013" if value is None else value, 200)] for key, value in leaves]
-        parts.append(f"<details><summary>Environment, {len(leaves)} entries</summary>{table(['what', 'value'], rows)}</details>")
+        rows = [
+            [f"<code>{foreign(key, 100)}</code>", foreign("\u2013" if value is None else value, 200)] for key, value in leaves
+        ]
+        parts.append(
+            f"<details><summary>Environment, {len(leaves)} entries</summary>{table(['what', 'value'], rows)}</details>"
+        )
     else:
         parts.append(note("No environment was recorded."))
     hashes = [[f"<code>{text(name)}</code>", f"<code>{text(value)}</code>"] for name, value in data.files.items()]

@@ -1,8 +1,8 @@
 """The verdict's rules. Thresholds and order are fixed here, before any run, and printed in every report.
 
 The rules are asked in order; the first that fires gives the verdict. The judge outranks the curves: a run whose held-out
-outputs are measurably better is not called diverged because its error grew, and a run with perfect training curves whose outputs are
-measurably worse is not called improved.
+outputs are measurably better is not called diverged because its error grew, and a run with perfect training curves whose
+outputs are measurably worse is not called improved.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ class Thresholds:
     """What counts as much. Each has its reason; none is tuned on a run."""
 
     significance: float = 0.05
-    """Of the exact sign test, asked besides the interval: 4 wins to 0 has a Wilson interval above 0.5 and p = 0.125."""
+    """Of the exact sign test, asked besides the intervals: 4 wins to 0 has a Wilson interval above 0.5 and p = 0.125. The
+    bootstrap is asked too, since it alone knows that several seeds of one prompt are not independent."""
 
     loss_growth: float = 1.5
     """Loss at the end over loss at the start. DPO starts at ln 2 = 0.693 with nothing learnt; half as much again (1.04) is the
     loss of a policy that prefers the rejected side by a margin of 0.6 on every pair."""
+
+    least_steps: int = 20
+    """Logged steps from which the loss is asked at all: a tenth of fewer is a single step, which is mostly noise."""
 
     error_growth: float = 2.0
     """Policy error over reference error on the chosen outputs, same noise: at twice the error the policy no longer models
@@ -103,7 +107,8 @@ def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
         Rule(
             "better than the base",
             "improved",
-            f"the 95 % Wilson interval of the win rate lies above 0.5 and the sign test gives p < {limits.significance:g}",
+            "the 95 % intervals of the win rate (Wilson over decided pairs, bootstrap over prompts) lie above 0.5 and the "
+            f"sign test gives p < {limits.significance:g}",
             describe(rate) if rate else "no evaluation",
             better,
         ),
@@ -114,18 +119,20 @@ def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
             describe(rate) if rate else "no evaluation",
             rate is not None,
         ),
-        Rule("nothing to judge by", "not evaluated", "the run has no evaluation and no rule above fired", "no evaluation", True),
+        Rule(
+            "nothing to judge by", "not evaluated", "the run has no evaluation and no rule above fired", "no evaluation", True
+        ),
     ]
 
 
 def is_better(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
-    """The interval of the win rate above one half, and the sign test agrees."""
-    return rate["wilson"][0] > 0.5 and rate["sign_test_p"] < limits.significance
+    """Both intervals above one half, and the sign test agrees."""
+    return rate["wilson"][0] > 0.5 and rate["bootstrap"][0] > 0.5 and rate["sign_test_p"] < limits.significance
 
 
 def is_worse(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
-    """The interval of the win rate below one half, and the sign test agrees."""
-    return rate["wilson"][1] < 0.5 and rate["sign_test_p"] < limits.significance
+    """Both intervals below one half, and the sign test agrees."""
+    return rate["wilson"][1] < 0.5 and rate["bootstrap"][1] < 0.5 and rate["sign_test_p"] < limits.significance
 
 
 def describe(rate: Mapping[str, Any]) -> str:
@@ -163,13 +170,15 @@ def _not_finite(metrics: Metrics | None) -> Rule:
 
 def _runaway(metrics: Metrics | None, better: bool | None, limits: Thresholds) -> Rule:
     says = (
-        f"the loss ends at {limits.loss_growth:g} times its start or more, or the chosen outputs' error at {limits.error_growth:g} "
-        "times the reference's, and the judge does not find the outputs better"
+        f"the loss ends at {limits.loss_growth:g} times its start or more, or the chosen outputs' error at "
+        f"{limits.error_growth:g} times the reference's, and the judge does not find the outputs better"
     )
     first, last = (metrics.first_tenth("loss"), metrics.last_tenth("loss")) if metrics else (None, None)
     ratio = error_ratio(metrics)
-    if first is None or last is None:
+    if metrics is None or first is None or last is None:
         return Rule("training ran away", "diverged", says, "no metrics", None)
+    if len(metrics.steps) < limits.least_steps:
+        return Rule("training ran away", "diverged", says, f"only {len(metrics.steps)} steps were logged", None)
     found = f"loss {first:.3f} at the start, {last:.3f} at the end"
     found += f"; chosen error {ratio:.2f} times the reference's" if ratio is not None else "; no errors logged"
     grew = (first > 0 and last >= limits.loss_growth * first) or (ratio is not None and ratio >= limits.error_growth)

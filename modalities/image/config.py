@@ -31,7 +31,8 @@ class ModelConfig(Section):
     """Which model, and what of it is trained."""
 
     base: str = "tiny"
-    """`tiny` (the base that comes with the package), a hub id, a diffusers folder, or a single-file checkpoint (.safetensors)."""
+    """`tiny` (the base that comes with the package), a hub id, a diffusers folder, or a single-file checkpoint
+    (.safetensors)."""
 
     family: Literal["sd", "sdxl"] | None = None
     """`sd` (Stable Diffusion 1.x, 2.x) or `sdxl`; null detects it, and a wrong one is refused."""
@@ -177,7 +178,8 @@ class PairsConfig(Section):
     """Where preference pairs come from: made from prompts, or the user's own pictures."""
 
     source: Literal["generate", "folders"] = "generate"
-    """`generate`: sample, judge, pair. `folders`: pictures in `chosen/` and `rejected/` with equal names, captions beside them."""
+    """`generate`: sample, judge, pair. `folders`: pictures in `chosen/` and `rejected/` with equal names, captions beside
+    them."""
 
     folder: str | None = None
     """For `folders`: what holds `chosen/` and `rejected/`."""

@@ -1,8 +1,8 @@
 """Preference pairs made automatically: prompts, k seeded samples of each, a judge, pairs; shard by shard.
 
-Every sample has its own seed, keyed by prompt and number, and the batches of a shard are always cut alike, so a shard's bytes do
-not depend on what was generated before it in the same process: after an interruption the missing shards are made, and the store
-is the one that an uninterrupted run would have written.
+Every sample has its own seed, keyed by prompt and number, and the batches of a shard are always cut alike, so a shard's bytes
+do not depend on what was generated before it in the same process: after an interruption the missing shards are made, and the
+store is the one that an uninterrupted run would have written.
 
 Beside each ``pairs-00000.parquet`` lies ``samples-00000.parquet`` with the seed, score and hash of *every* sample of the shard,
 also of those in no pair; ``summary.json`` is computed from these.
@@ -103,8 +103,8 @@ def generate_pairs(
     ``progress(samples done, samples in all)`` is called after every shard; without it a progress line is shown.
 
     Raises:
-        UserError: no conditions, the folder holds pairs made in another way, a score that is not a number, no pair at all, or no
-            room on the disk (finished shards are kept).
+        UserError: no conditions, the folder holds pairs made in another way, a score that is not a number, no pair at all, or
+            no room on the disk (finished shards are kept).
     """
     if not conditions:
         raise UserError("there are no prompts to make pairs from; give at least one")
@@ -112,13 +112,13 @@ def generate_pairs(
     store.folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(store.folder)
     _claim(store.folder, _inputs(model, conditions, judge, settings, seed))
-    total = math.ceil(len(conditions) / settings.prompts_per_shard)
-    unfinished = set(store.missing(total)) | {index for index in range(total) if not _samples_path(store, index).is_file()}
-    finished = sum(_size(conditions, settings, index) for index in range(total) if index not in unfinished)
-    with _reporting(progress, finished, len(conditions) * settings.samples_per_prompt) as report:
-        for index in sorted(unfinished):
-            _make_shard(adapter, model, conditions, judge, settings=settings, store=store, index=index, seed=seed)
-            report(_size(conditions, settings, index))
+    work = _Generation(adapter, model, conditions, judge, settings, store, seed)
+    todo = work.unfinished()
+    total = len(conditions) * settings.samples_per_prompt
+    with _reporting(progress, total - sum(len(work.places(index)) for index in todo), total) as report:
+        for index in todo:
+            work.make(index)
+            report(len(work.places(index)))
     summary = summarise(store, judge, settings)
     atomic_write(store.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if not summary["pairs"]:
@@ -164,16 +164,6 @@ def _claim(folder: Path, inputs: dict[str, Any]) -> None:
         )
 
 
-def _samples_path(store: PairStore, index: int) -> Path:
-    return store.folder / f"samples-{index:05d}.parquet"
-
-
-def _size(conditions: Sequence[Condition], settings: GenerationSettings, index: int) -> int:
-    """Samples in a shard."""
-    first = index * settings.prompts_per_shard
-    return (min(first + settings.prompts_per_shard, len(conditions)) - first) * settings.samples_per_prompt
-
-
 @contextmanager
 def _reporting(progress: Report | None, done: int, total: int) -> Iterator[Callable[[int], None]]:
     """A function that takes the number of samples just made."""
@@ -190,62 +180,102 @@ def _reporting(progress: Report | None, done: int, total: int) -> Iterator[Calla
     yield report
 
 
-def _make_shard(
-    adapter: Sampler,
-    model: Model,
-    conditions: Sequence[Condition],
-    judge: Judge,
-    *,
-    settings: GenerationSettings,
-    store: PairStore,
-    index: int,
-    seed: int,
-) -> None:
-    """Sample, judge, pair and write one shard. The pairs are written last: their file says that the shard is finished."""
-    first = index * settings.prompts_per_shard
-    prompts = range(first, min(first + settings.prompts_per_shard, len(conditions)))
-    places = [(prompt, number) for prompt in prompts for number in range(settings.samples_per_prompt)]
-    asked = [conditions[prompt] for prompt, _ in places]
-    seeds = [seed_of(seed, "sample", prompt, number) for prompt, number in places]
-    pictures = _sampled(adapter, model, asked, seeds, settings.batch_size or len(places))
-    scores = _judged(judge, asked, pictures, seeds)
-    samples = [
-        Sample(prompt, number, conditions[prompt]["prompt"], of, score, fingerprint(picture))
-        for (prompt, number), of, score, picture in zip(places, seeds, scores, pictures, strict=True)
-    ]
-    rows = []
-    for start in range(0, len(samples), settings.samples_per_prompt):
-        part = slice(start, start + settings.samples_per_prompt)
-        condition = conditions[samples[start].prompt_index]
-        rows += _rows(samples[part], pictures[part], condition, _paired(samples[part], settings), model, judge, settings)
-    atomic_write(_samples_path(store, index), table_bytes(pa.Table.from_pylist([asdict(it) for it in samples], schema=_SAMPLE)))
-    store.write_shard(index, rows, judges=[judge.name])
+@dataclass(frozen=True)
+class _Generation:
+    """One generation: what every shard is made with."""
 
+    adapter: Sampler
+    model: Model
+    conditions: Sequence[Condition]
+    judge: Judge
+    settings: GenerationSettings
+    store: PairStore
+    seed: int
 
-def _sampled(
-    adapter: Sampler, model: Model, conditions: Sequence[Condition], seeds: Sequence[int], batch: int
-) -> list[Image.Image]:
-    pictures: list[Image.Image] = []
-    for start in range(0, len(seeds), batch):
-        part = slice(start, start + batch)
-        made = adapter.sample(model, conditions[part], seeds[part])
-        if len(made) != len(seeds[part]):
-            raise ValueError(f"the adapter gave {len(made)} samples for {len(seeds[part])} seeds")
-        pictures += made
-    return pictures
+    def unfinished(self) -> list[int]:
+        """Shards that lack their pairs or their record of samples."""
+        total = math.ceil(len(self.conditions) / self.settings.prompts_per_shard)
+        unrecorded = {index for index in range(total) if not self.samples_path(index).is_file()}
+        return sorted(unrecorded | set(self.store.missing(total)))
 
+    def samples_path(self, index: int) -> Path:
+        return self.store.folder / f"samples-{index:05d}.parquet"
 
-def _judged(judge: Judge, conditions: Sequence[Condition], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[float]:
-    scores = [float(score) for score in judge.score(conditions, pictures)]
-    if len(scores) != len(pictures):
-        raise ValueError(f"judge '{judge.name}' gave {len(scores)} scores for {len(pictures)} pictures")
-    for score, condition, seed in zip(scores, conditions, seeds, strict=True):
-        if not math.isfinite(score):
-            raise UserError(
-                f"judge '{judge.name}' (version {judge.version}) gave {score} to the sample of {condition['prompt']!r} with seed "
-                f"{seed}. Scores must be finite numbers; finished shards are kept"
+    def places(self, index: int) -> list[tuple[int, int]]:
+        """(prompt, number of the sample) of every sample in a shard."""
+        first = index * self.settings.prompts_per_shard
+        prompts = range(first, min(first + self.settings.prompts_per_shard, len(self.conditions)))
+        return [(prompt, number) for prompt in prompts for number in range(self.settings.samples_per_prompt)]
+
+    def make(self, index: int) -> None:
+        """Sample, judge, pair and write one shard. The pairs come last: their file says that the shard is finished."""
+        places = self.places(index)
+        conditions = [self.conditions[prompt] for prompt, _ in places]
+        seeds = [seed_of(self.seed, "sample", prompt, number) for prompt, number in places]
+        pictures = self.sampled(conditions, seeds)
+        scores = self.judged(conditions, pictures, seeds)
+        samples = [
+            Sample(prompt, number, self.conditions[prompt]["prompt"], seed, score, fingerprint(picture))
+            for (prompt, number), seed, score, picture in zip(places, seeds, scores, pictures, strict=True)
+        ]
+        k = self.settings.samples_per_prompt
+        cuts = [slice(start, start + k) for start in range(0, len(samples), k)]
+        rows = [row for cut in cuts for row in self.rows(samples[cut], pictures[cut])]
+        recorded = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=_SAMPLE)
+        atomic_write(self.samples_path(index), table_bytes(recorded))
+        self.store.write_shard(index, rows, judges=[self.judge.name])
+
+    def sampled(self, conditions: Sequence[Condition], seeds: Sequence[int]) -> list[Image.Image]:
+        batch = self.settings.batch_size or len(seeds)
+        pictures: list[Image.Image] = []
+        for start in range(0, len(seeds), batch):
+            part = slice(start, start + batch)
+            made = self.adapter.sample(self.model, conditions[part], seeds[part])
+            if len(made) != len(seeds[part]):
+                raise ValueError(f"the adapter gave {len(made)} samples for {len(seeds[part])} seeds")
+            pictures += made
+        return pictures
+
+    def judged(self, conditions: Sequence[Condition], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[float]:
+        name = self.judge.name
+        scores = [float(score) for score in self.judge.score(conditions, pictures)]
+        if len(scores) != len(pictures):
+            raise ValueError(f"judge '{name}' gave {len(scores)} scores for {len(pictures)} pictures")
+        for score, condition, seed in zip(scores, conditions, seeds, strict=True):
+            if not math.isfinite(score):
+                raise UserError(
+                    f"judge '{name}' (version {self.judge.version}) gave {score} to the sample of {condition['prompt']!r} with "
+                    f"seed {seed}. Scores must be finite numbers; finished shards are kept"
+                )
+        return scores
+
+    def rows(self, samples: Sequence[Sample], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Rows of the pair store from the samples of one prompt."""
+        model, _, content_hash = self.model.identity.partition("@")
+        judge = self.judge
+        rows = []
+        for pair in _paired(samples, self.settings).pairs:
+            chosen, rejected = samples[pair.chosen], samples[pair.rejected]
+            provenance = {
+                "model": model,
+                "model_hash": content_hash or None,
+                "chosen_seed": chosen.seed,
+                "rejected_seed": rejected.seed,
+                "sampler": dict(self.settings.sampler),
+                "judges": {judge.name: {"version": judge.version}},
+            }
+            rows.append(
+                {
+                    "pair_id": _pair_id(chosen, rejected),
+                    "condition": self.conditions[chosen.prompt_index],
+                    "chosen": pictures[pair.chosen],
+                    "rejected": pictures[pair.rejected],
+                    "chosen_scores": {judge.name: chosen.score},
+                    "rejected_scores": {judge.name: rejected.score},
+                    "provenance": provenance,
+                }
             )
-    return scores
+        return rows
 
 
 def _paired(samples: Sequence[Sample], settings: GenerationSettings) -> Paired:
@@ -263,42 +293,7 @@ def _pair_id(chosen: Sample, rejected: Sample) -> str:
     return f"{chosen.prompt_index:06d}-{chosen.sample_index}-{rejected.sample_index}"
 
 
-def _rows(
-    samples: Sequence[Sample],
-    pictures: Sequence[Image.Image],
-    condition: Condition,
-    paired: Paired,
-    model: Model,
-    judge: Judge,
-    settings: GenerationSettings,
-) -> list[dict[str, Any]]:
-    """Rows of the pair store of one prompt."""
-    name, _, content_hash = model.identity.partition("@")
-    rows = []
-    for pair in paired.pairs:
-        chosen, rejected = samples[pair.chosen], samples[pair.rejected]
-        rows.append(
-            {
-                "pair_id": _pair_id(chosen, rejected),
-                "condition": condition,
-                "chosen": pictures[pair.chosen],
-                "rejected": pictures[pair.rejected],
-                "chosen_scores": {judge.name: chosen.score},
-                "rejected_scores": {judge.name: rejected.score},
-                "provenance": {
-                    "model": name,
-                    "model_hash": content_hash or None,
-                    "chosen_seed": chosen.seed,
-                    "rejected_seed": rejected.seed,
-                    "sampler": dict(settings.sampler),
-                    "judges": {judge.name: {"version": judge.version}},
-                },
-            }
-        )
-    return rows
-
-
-# --- the summary ----------------------------------------------------------------------------------------------------------------
+# --- the summary --------------------------------------------------------------------------------------------------------------
 
 
 def read_samples(store: PairStore) -> list[Sample]:
@@ -313,7 +308,9 @@ def summarise(store: PairStore, judge: Judge, settings: GenerationSettings) -> d
     k = settings.samples_per_prompt
     groups = [samples[start : start + k] for start in range(0, len(samples), k)]
     results = [_paired(group, settings) for group in groups]
-    pairs = [(group[pair.chosen], group[pair.rejected]) for group, one in zip(groups, results, strict=True) for pair in one.pairs]
+    pairs = [
+        (group[pair.chosen], group[pair.rejected]) for group, one in zip(groups, results, strict=True) for pair in one.pairs
+    ]
     shown = pairs[:: max(1, math.ceil(len(pairs) / EXAMPLES))]
     return {
         "prompts": len(groups),
@@ -340,7 +337,8 @@ def summarise(store: PairStore, judge: Judge, settings: GenerationSettings) -> d
 
 def _no_pairs(summary: Mapping[str, Any], settings: GenerationSettings, folder: Path) -> str:
     return (
-        f"{folder}: the judge '{summary['judge']['name']}' prefers none of {summary['samples']} samples of {summary['prompts']} "
-        f"prompts: {summary['ties_dropped']} ties, {summary['below_margin']} differences not above the margin {settings.margin}, "
-        f"{summary['duplicates_dropped']} duplicates. Take more samples per prompt, a smaller margin, harder prompts or another judge."
+        f"{folder}: the judge '{summary['judge']['name']}' prefers none of {summary['samples']} samples of "
+        f"{summary['prompts']} prompts: {summary['ties_dropped']} ties, {summary['below_margin']} differences not above the "
+        f"margin {settings.margin}, {summary['duplicates_dropped']} duplicates. Take more samples per prompt, a smaller "
+        "margin, harder prompts or another judge."
     )

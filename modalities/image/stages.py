@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write, sha256_of
+from polyalign.core.environment import snapshot
+from polyalign.core.files import atomic_write, disk_full_explained, sha256_of
 from polyalign.core.progress import ProgressLine
 from polyalign.core.randomness import seed_of
 from polyalign.core.run import RunFolder
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 
 SCHEMA = ImageRecipe
 STAGES = ("generate", "train", "evaluate", "report")
+
+BOOKKEEPING = {"log_every", "save_every", "keep_checkpoints"}
+"""Training settings that change no weight, so that a finished training stays finished when they change."""
 
 Condition = Mapping[str, Any]
 
@@ -99,14 +106,31 @@ def fingerprint(path: str | None) -> str | None:
     if not place.exists():
         raise UserError(f"{path}: no such file or folder (relative to the working directory {Path.cwd().name}/)")
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    return sha256_of("\n".join(f"{file.name} {sha256_of(file.read_bytes())}" for file in files).encode())
+    return sha256_of("\n".join(f"{file.relative_to(place)} {sha256_of(file)}" for file in files).encode())
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------------------
 
 
+def refuse_early(recipe: ImageRecipe) -> None:
+    """Raises UserError for what later stages would refuse, before hours have gone into earlier ones: a judge that is not there, a
+    file of prompts for the evaluation that is not there, a reference that full training cannot have."""
+    from polyalign.evaluation import judges
+
+    for judge in (*recipe.pairs.judges, *recipe.evaluate.judges):
+        if judge.name not in judges.names():
+            judges.build(judge)  # raises, and says which names there are
+    fingerprint(recipe.evaluate.prompts.file if recipe.evaluate.prompts else None)
+    if recipe.model.train == "full" and recipe.train.reference.seat == "adapter_off":
+        raise UserError(
+            "train.reference.seat: adapter_off needs a LoRA, and model.train is full. Set train.reference.seat to frozen (a second "
+            "copy of the network), cached or none, or model.train to lora"
+        )
+
+
 def generate(recipe: ImageRecipe, run: RunFolder) -> None:
     """Prompts to pairs, or the user's own folders to pairs: writes ``pairs/``."""
+    refuse_early(recipe)
     pairs = recipe.pairs
     source = pairs.folder if pairs.source == "folders" else (pairs.prompts.file if pairs.prompts else None)
     inputs: dict[str, Any] = {"pairs": pairs, "seed": recipe.seed, "source": fingerprint(source)}
@@ -160,21 +184,27 @@ class TrainingPairs:
 
 def split_pairs(recipe: ImageRecipe, store: PairStore) -> tuple[list[int], list[int]]:
     """Indices to train on and indices kept aside. Pairs with one prompt stay on one side: the prompt's hash decides."""
-    everything = list(range(len(store)))
     if recipe.evaluate.prompts is not None:
-        return everything, []
-    kept = [index for index in everything if _kept_aside(store.rows([index])[0], recipe)]
+        return list(range(len(store))), []
+    conditions = store.conditions()
+    everything = list(range(len(conditions)))
+    kept = [index for index in everything if _kept_aside(conditions[index], recipe)]
     if not kept:
         raise UserError(
             f"evaluate.held_out = {recipe.evaluate.held_out} keeps none of the {len(everything)} pairs aside, so there is nothing to "
             "evaluate on. Raise it, or give evaluate.prompts"
         )
+    if len(kept) == len(everything):
+        raise UserError(
+            f"evaluate.held_out = {recipe.evaluate.held_out} keeps all of the {len(everything)} pairs aside, so there is nothing to "
+            "train on. Lower it, or give evaluate.prompts"
+        )
     aside = set(kept)
     return [index for index in everything if index not in aside], kept
 
 
-def _kept_aside(row: Mapping[str, Any], recipe: ImageRecipe) -> bool:
-    digest = hashlib.sha256(f"{recipe.seed} {row['condition']['prompt']}".encode()).digest()
+def _kept_aside(condition: Condition, recipe: ImageRecipe) -> bool:
+    digest = hashlib.sha256(f"{recipe.seed} {condition['prompt']}".encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < recipe.evaluate.held_out
 
 
@@ -192,7 +222,7 @@ def train_arm(recipe: ImageRecipe, run: RunFolder, stage_name: str, objective: O
         "prepare": recipe.prepare,
         "likelihood": recipe.likelihood,
         "objective": objective,
-        "train": recipe.train,
+        "train": recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
         "seed": recipe.seed,
         "held_out": None if recipe.evaluate.prompts else recipe.evaluate.held_out,
     }
@@ -216,13 +246,19 @@ def _train(recipe: ImageRecipe, run: RunFolder, objective: ObjectiveSpec, folder
     training, _ = split_pairs(recipe, store)
     made_with = {"model": model.identity, "pairs": store.content_hash(), "objective": objective.model_dump(mode="json")}
     reference = recipe.train.reference
-    cached_for = json.dumps([made_with["model"], made_with["pairs"], recipe.prepare.model_dump(), recipe.likelihood.model_dump()])
+    cached_for = json.dumps(
+        [made_with["model"], made_with["pairs"], recipe.prepare.model_dump(), recipe.likelihood.model_dump()]
+    )
     algorithm = DirectPreference(
         adapter,
         model,
         build(objective),
         Beta.of(objective.beta) if objective.beta.auto is None else AutoBeta(objective.beta),
-        {"reference": build_seat(reference, model.network, folder=run / "cache" / "reference", identity=f"{recipe.seed} {cached_for}")},
+        {
+            "reference": build_seat(
+                reference, model.network, folder=run / "cache" / "reference", identity=f"{recipe.seed} {cached_for}"
+            )
+        },
         draw_bank=reference.draws_per_pair if reference.seat == "cached" else None,
         seed=recipe.seed,
     )
@@ -235,10 +271,46 @@ def _train(recipe: ImageRecipe, run: RunFolder, objective: ObjectiveSpec, folder
         identity=made_with,
         tracking=recipe.tracking,
     )
+    if trainer.accelerator.is_main_process:
+        _note_environment(run, {"base": model.identity, "pairs_sha256": made_with["pairs"]})
+        _tell_beta(adapter, model, objective, store.rows(training[:1]))
     trainer.run()
     if trainer.accelerator.is_main_process:
-        adapter.export(model, folder / "adapter", card=_card(recipe, model, objective, len(training)))
+        adapter.export(
+            whole_model(recipe, run, trainer, model),
+            folder / "adapter",
+            card=_card(recipe, model, objective, len(training)),
+        )
     trainer.accelerator.wait_for_everyone()
+
+
+def whole_model(recipe: ImageRecipe, run: RunFolder, trainer: Trainer, model: Model) -> Model:
+    """The trained model with all of its weights in this process: where the trainer has sharded them, they come from the last
+    checkpoint, onto a base that is loaded anew on the CPU."""
+    if not any(hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") for weight in model.network.parameters()):
+        return model
+    last = checkpoint.latest(trainer.folder / "checkpoints")
+    assert last is not None  # the last step is always saved
+    on_cpu = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cpu"})})
+    adapter, whole = open_model(on_cpu, run)
+    whole = adapter.trainable(whole)
+    whole.network.load_state_dict(last.weights("policy"), strict=False)
+    return whole
+
+
+def _note_environment(run: RunFolder, hashes: Mapping[str, str]) -> None:
+    """``environment.json``: what the training ran on, and the hashes of what went into it."""
+    atomic_write(run / "environment.json", json.dumps({**snapshot(), "hashes": dict(hashes)}, indent=1) + "\n")
+
+
+def _tell_beta(adapter: ImageAdapter, model: Model, objective: ObjectiveSpec, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say what beta is in every convention, for latents of this model's size."""
+    latents = adapter.prepare(model, rows, step=0).tensors["latents"]
+    unit = Unit("timestep", elements=latents[0, 0].numel(), steps=model.parts["schedule"].steps)
+    beta = Beta.of(objective.beta)
+    others = [f"{name} {value:.6g}" for name, value in beta.equivalents(unit).items() if name != beta.convention]
+    size = f"{unit.elements} latent elements, {unit.steps} noise levels"
+    print(f"beta {beta.value:g} ({beta.convention}) is {', '.join(others)} ({size})", file=sys.stderr, flush=True)
 
 
 def _card(recipe: ImageRecipe, model: Model, objective: ObjectiveSpec, pairs: int) -> dict[str, Any]:
@@ -336,11 +408,16 @@ def report(recipe: ImageRecipe, run: RunFolder) -> None:
 
 def export(recipe: ImageRecipe, run: RunFolder, destination: Path) -> None:
     """The trained weights, where the user wants them: what diffusers opens directly."""
-    import shutil
-
     source = run / "adapter"
     if not source.is_dir():
         raise UserError(f"{source}: nothing was trained yet. Run 'polyalign train CONFIG' first")
     if destination.exists():
         raise UserError(f"{destination}: exists already; nothing was written. Give another folder, or move this one away")
-    shutil.copytree(source, destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        with disk_full_explained(f"the export {destination}"):
+            shutil.copytree(source, partial / "export")
+        (partial / "export").rename(destination)
+    finally:
+        shutil.rmtree(partial)

@@ -3,8 +3,8 @@
 UNet2DConditionModel with ``text_time`` conditioning, two CLIP text encoders (the second with a projection), AutoencoderKL and
 CLIP tokenizers, put together in diffusers' StableDiffusionXLPipeline: what loads, trains and exports this loads SDXL.
 
-Three things differ from SDXL beside size, since 32-pixel pictures and a vocabulary of thirty words call for them: the prediction
-type is v (SDXL: epsilon), the noise schedule is the cosine one, and text is padded to 16 tokens (SDXL: 77).
+Three things differ from SDXL beside size, since 32-pixel pictures and a vocabulary of thirty words call for them: the
+prediction type is v (SDXL: epsilon), the noise schedule is the cosine one, and text is padded to 16 tokens (SDXL: 77).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def text_config(tokens: CLIPTokenizer, *, activation: str) -> CLIPTextConfig:
         vocab_size=len(tokens),
         hidden_size=TEXT_WIDTH,
         intermediate_size=TEXT_WIDTH * 4,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
         projection_dim=POOLED_WIDTH,
@@ -71,7 +71,7 @@ def autoencoder() -> AutoencoderKL:
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 40),
+        block_out_channels=(16, 32, 32),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
 from polyalign.core.errors import UserError
 from polyalign.datasets.pairs import PairStore
 
@@ -54,6 +55,7 @@ def test_rows_come_back_in_the_order_asked_for(store):
             assert found[side].mode == "RGB" and found[side].tobytes() == expected[side].tobytes()
     with pytest.raises(IndexError):
         store.rows([14])
+    assert store.conditions() == [row(number)["condition"] for number in range(14)]
 
 
 def test_same_rows_same_bytes(store, tmp_path):
@@ -80,6 +82,7 @@ def test_metadata_of_a_picture_does_not_reach_the_store(tmp_path):
 
 def test_hugging_face_datasets_opens_it_with_image_columns(store, tmp_path, monkeypatch):
     import datasets
+    import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     store.write_shard(2, [], judges=["shapes"])  # a shard whose prompts gave no pair

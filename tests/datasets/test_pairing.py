@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from polyalign.datasets.pairing import Pair, histogram, pair_up
 
 

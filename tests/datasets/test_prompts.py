@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from polyalign.core.errors import UserError
 from polyalign.datasets.prompts import load_prompts
 
@@ -18,7 +19,11 @@ def test_text_is_a_prompt_a_line(tmp_path):
 
 def test_json_lines_keep_what_stands_beside_the_prompt(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    entries = [{"task": "count", "caption": "two cats", "objects": [{"shape": "cat"}]}, "a dog", {"prompt": "x\u2028y", "text": "t"}]
+    entries = [
+        {"task": "count", "caption": "two cats", "objects": [{"shape": "cat"}]},
+        "a dog",
+        {"prompt": "x\u2028y", "text": "t"},
+    ]
     path.write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries), encoding="utf-8")
     assert load_prompts(path) == [
         {"prompt": "two cats", "task": "count", "objects": [{"shape": "cat"}]},
@@ -40,7 +45,12 @@ def test_all_broken_entries_are_listed_with_their_line(tmp_path):
         load_prompts(path)
     message = str(caught.value)
     assert "5 broken entries" in message and str(path) in message
-    for part in ("line 2: not JSON", "line 3: no 'prompt'", "line 5: 'prompt' must be text, found int", "line 6: 'prompt' is empty"):
+    for part in (
+        "line 2: not JSON",
+        "line 3: no 'prompt'",
+        "line 5: 'prompt' must be text, found int",
+        "line 6: 'prompt' is empty",
+    ):
         assert part in message
     assert "line 7: expected an object" in message
 

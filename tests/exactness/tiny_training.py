@@ -3,8 +3,12 @@
 Tests import it; tests of several processes and of kills run it as a script: ``python tiny_training.py FOLDER [options]``.
 """
 
+# ruff: isort: off
 from __future__ import annotations
 
+import polyalign  # noqa: F401  (first, as in conftest.py: arms the repair of CPU wheels)
+
+# ruff: isort: on
 import argparse
 import hashlib
 from collections.abc import Sequence
@@ -59,16 +63,18 @@ class TinyAdapter:
     def load(self) -> Model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, "base"))
-            return Model(Denoiser(), {"schedule": NoiseSchedule.linear(STEPS)}, "tiny")
+            return Model(
+                Denoiser(),
+                {"schedule": NoiseSchedule.from_alphas_cumprod((1 - torch.linspace(1e-3, 0.08, STEPS)).cumprod(0))},
+                "tiny",
+            )
 
     def trainable(self, model: Model) -> Model:
         if not self.lora:
             return model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, "lora"))
-            config = LoraConfig(
-                r=4, lora_alpha=4, target_modules=["inwards", "middle", "outwards"], lora_dropout=self.dropout
-            )
+            config = LoraConfig(r=4, lora_alpha=4, target_modules=["inwards", "middle", "outwards"], lora_dropout=self.dropout)
             return model.with_network(get_peft_model(model.network, config))
 
     def prepare(self, model: Model, rows: Sequence[Row], *, step: int) -> Batch:
@@ -130,11 +136,15 @@ def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(**{**base, **changes})
 
 
+def reference(seat: str) -> ReferenceConfig:
+    """A seat with numbers that show in six steps."""
+    return ReferenceConfig(seat=seat, ema_decay=0.7, draws_per_pair=3)
+
+
 def algorithm(
     folder: Path,
     *,
-    reference: ReferenceConfig | None = None,
-    seat: Seat | None = None,
+    seat: str | Seat = "adapter_off",
     bank: int | None = None,
     auto_beta: bool = False,
     **adapter: Any,
@@ -142,8 +152,10 @@ def algorithm(
     """DPO of the tiny denoiser."""
     kind = TinyAdapter(**adapter)
     model = kind.trainable(kind.load())
-    reference = reference or ReferenceConfig()
-    seat = seat or build_seat(reference, model.network, folder=folder / "reference", identity="tiny")
+    if isinstance(seat, str):
+        chosen = reference(seat)
+        bank = bank or (chosen.draws_per_pair if seat == "cached" else None)
+        seat = build_seat(chosen, model.network, folder=folder / "reference", identity="tiny")
     beta = BetaConfig(value=20.0, auto=AutoBetaConfig(warmup_steps=2, decay=0.5) if auto_beta else None)
     return DirectPreference(
         kind,
@@ -151,7 +163,7 @@ def algorithm(
         Objective("dpo", (Term(),)),
         AutoBeta(beta) if auto_beta else Beta.of(beta),
         {"reference": seat},
-        draw_bank=bank or (reference.draws_per_pair if reference.seat == "cached" else None),
+        draw_bank=bank,
     )
 
 
@@ -174,15 +186,15 @@ def main() -> None:
     torch.set_num_threads(1)
     method = algorithm(
         given.folder,
-        reference=ReferenceConfig(seat=given.seat, ema_decay=0.7, draws_per_pair=2),
+        seat=given.seat,
         auto_beta=given.auto_beta,
         lora=not given.full,
         dropout=given.dropout,
     )
     chosen = settings(steps=given.steps, micro_batch_size=given.micro)
     if given.shard:
-        from torch.distributed.fsdp import fully_shard
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
 
         from polyalign.core.launch import start_accelerator
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
@@ -48,7 +49,9 @@ class Brightness:
         ]
 
 
-def generate(folder, *, conditions=CONDITIONS, adapter=None, judge=None, settings=SETTINGS, seed=3, progress=lambda done, total: None):
+def generate(
+    folder, *, conditions=CONDITIONS, adapter=None, judge=None, settings=SETTINGS, seed=3, progress=lambda done, total: None
+):
     return generate_pairs(
         adapter or Squares(),
         MODEL,
@@ -203,7 +206,7 @@ def test_with_a_real_tiny_model(tmp_path, tiny_models):
         name, version = "redness", "1"
 
         def score(self, conditions, outputs):
-            return [float(sum(output.convert("RGB").getdata(0))) for output in outputs]
+            return [float(sum(output.convert("RGB").getchannel(0).tobytes())) for output in outputs]
 
     adapter = ImageAdapter(ImageModelSettings(base=str(tiny_models["sdxl"]), sampling_steps=2, guidance=1.0, device="cpu"))
     model = adapter.load()
@@ -211,7 +214,14 @@ def test_with_a_real_tiny_model(tmp_path, tiny_models):
     settings = GenerationSettings(samples_per_prompt=2, prompts_per_shard=1)
     for name in ("first", "second"):
         made = generate_pairs(
-            adapter, model, conditions, Redness(), settings=settings, folder=tmp_path / name, seed=0, progress=lambda done, all: None
+            adapter,
+            model,
+            conditions,
+            Redness(),
+            settings=settings,
+            folder=tmp_path / name,
+            seed=0,
+            progress=lambda done, all: None,
         )
         assert made["pairs"] == 2
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
