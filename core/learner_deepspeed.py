@@ -90,12 +90,24 @@ class DeepSpeedLearner:
     def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Any]) -> None:
         shapes = {name: torch.empty(getattr(value, "ds_shape", value.shape), device="meta") for name, value in self._named()}
         refuse_other_names(shapes, weights)
+        self._make_moments()
         for place, (name, parameter) in enumerate(self._named()):
             self.api.safe_set_full_fp32_param(parameter, weights[name])
             for key in MOMENTS:
                 self.api.safe_set_full_optimizer_state(parameter, optimizer_state["state"][place][key], key)
         for step in self._steps():
             step.fill_(float(optimizer_state["state"][0]["step"]))
+
+    def _make_moments(self) -> None:
+        """Give the optimiser inside the engine its moments, which it would make in its first step, so that they can be set."""
+        zero = self.network.optimizer
+        flat_parts = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+        for flat in flat_parts:
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            zero.optimizer.state[flat] = {"step": torch.tensor(0.0), **zeros}
+        link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)  # stages 1 and 2: from parameters to their parts
+        if link is not None:
+            link()
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.parameters.items())

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from polyalign.core import environment
 from polyalign.core.config import dump
 from polyalign.core.errors import UserError
 from polyalign.core.files import Manifest, atomic_write, disk_full_explained, locked, manifest_of, sha256_of
@@ -109,6 +110,11 @@ class RunFolder:
         """Write the resolved recipe as ``config.yaml``; running that file reproduces the run."""
         if self._writes:
             atomic_write(self.path / "config.yaml", dump(recipe))
+
+    def write_environment(self) -> None:
+        """Write what this run runs on as ``environment.json``: versions, devices, commit, command."""
+        if self._writes:
+            atomic_write(self.path / "environment.json", json.dumps(environment.snapshot(), indent=1) + "\n")
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What ``stages.json`` says: for each stage ``seconds``, ``peak_memory_bytes``, ``inputs_hash``, ``finished`` and more.

@@ -188,6 +188,7 @@ def _execute(job: Job, work: Callable[[RunFolder], None]) -> int:
     run = RunFolder(job.folder)
     with run.lock():
         run.write_config(job.recipe)
+        run.write_environment()
         work(run)
     print(f"run folder: {job.folder}")
     return 0

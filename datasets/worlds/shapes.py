@@ -336,6 +336,7 @@ class ShapesJudge:
 
     name = "shapes"
     version = "1"
+    broken_below = 0.0  # a lower score is a broken picture, not only a wrong one: the report counts these
 
     def verdict(self, condition: Mapping[str, Any], picture: Image.Image) -> Verdict:
         """Raises ValueError if the prompt is not of this world or the picture has another size than 32 x 32."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyalign.core.errors import UserError
 from polyalign.core.environment import snapshot
+from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write, disk_full_explained, sha256_of
 from polyalign.core.progress import ProgressLine
 from polyalign.core.randomness import seed_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from polyalign.core.adapter import Model
     from polyalign.core.objectives.table import ObjectiveSpec
+    from polyalign.core.trainer import Trainer
     from polyalign.modalities.image.adapter import ImageAdapter
     from polyalign.modalities.image.settings import ImageModelSettings
 
@@ -38,7 +39,7 @@ BOOKKEEPING = {"log_every", "save_every", "keep_checkpoints"}
 Condition = Mapping[str, Any]
 
 
-# --- the recipe, in the terms of the parts ------------------------------------------------------------------------------------
+# --- the recipe, in the terms of the parts -----------------------------------------------------------------------------------
 
 
 def settings_of(recipe: ImageRecipe, run: RunFolder, objective: ObjectiveSpec | None = None) -> ImageModelSettings:
@@ -109,12 +110,15 @@ def fingerprint(path: str | None) -> str | None:
     return sha256_of("\n".join(f"{file.relative_to(place)} {sha256_of(file)}" for file in files).encode())
 
 
-# --- pairs ----------------------------------------------------------------------------------------------------------------------
+# --- pairs -------------------------------------------------------------------------------------------------------------------
 
 
 def refuse_early(recipe: ImageRecipe) -> None:
-    """Raises UserError for what later stages would refuse, before hours have gone into earlier ones: a judge that is not there, a
-    file of prompts for the evaluation that is not there, a reference that full training cannot have."""
+    """What later stages would refuse, refused before hours have gone into earlier ones.
+
+    Raises:
+        UserError: no such judge; no such file of prompts to evaluate on; a reference that full training cannot have.
+    """
     from polyalign.evaluation import judges
 
     for judge in (*recipe.pairs.judges, *recipe.evaluate.judges):
@@ -123,9 +127,15 @@ def refuse_early(recipe: ImageRecipe) -> None:
     fingerprint(recipe.evaluate.prompts.file if recipe.evaluate.prompts else None)
     if recipe.model.train == "full" and recipe.train.reference.seat == "adapter_off":
         raise UserError(
-            "train.reference.seat: adapter_off needs a LoRA, and model.train is full. Set train.reference.seat to frozen (a second "
-            "copy of the network), cached or none, or model.train to lora"
+            "train.reference.seat: adapter_off needs a LoRA, and model.train is full. Set train.reference.seat to frozen (a "
+            "second copy of the network), cached or none, or model.train to lora"
         )
+
+
+def _base_of(recipe: ImageRecipe) -> dict[str, Any]:
+    """What samples of the base depend on: the model without what is trained of it (full training loads it in float32)."""
+    base = recipe.model.model_dump(mode="json", exclude={"train", "lora"})
+    return base | ({"dtype": "float32"} if recipe.model.train == "full" else {})
 
 
 def generate(recipe: ImageRecipe, run: RunFolder) -> None:
@@ -135,7 +145,7 @@ def generate(recipe: ImageRecipe, run: RunFolder) -> None:
     source = pairs.folder if pairs.source == "folders" else (pairs.prompts.file if pairs.prompts else None)
     inputs: dict[str, Any] = {"pairs": pairs, "seed": recipe.seed, "source": fingerprint(source)}
     if pairs.source == "generate":
-        inputs |= {"model": recipe.model, "sampler": recipe.sampler, "resolution": recipe.prepare.resolution}
+        inputs |= {"model": _base_of(recipe), "sampler": recipe.sampler, "resolution": recipe.prepare.resolution}
     with run.stage("generate", inputs, products=("pairs",)) as stage:
         if not stage.todo:
             return
@@ -166,7 +176,7 @@ def generate(recipe: ImageRecipe, run: RunFolder) -> None:
         )
 
 
-# --- training -------------------------------------------------------------------------------------------------------------------
+# --- training ----------------------------------------------------------------------------------------------------------------
 
 
 class TrainingPairs:
@@ -191,13 +201,13 @@ def split_pairs(recipe: ImageRecipe, store: PairStore) -> tuple[list[int], list[
     kept = [index for index in everything if _kept_aside(conditions[index], recipe)]
     if not kept:
         raise UserError(
-            f"evaluate.held_out = {recipe.evaluate.held_out} keeps none of the {len(everything)} pairs aside, so there is nothing to "
-            "evaluate on. Raise it, or give evaluate.prompts"
+            f"evaluate.held_out = {recipe.evaluate.held_out} keeps none of the {len(everything)} pairs aside, so there is "
+            "nothing to evaluate on. Raise it, or give evaluate.prompts"
         )
     if len(kept) == len(everything):
         raise UserError(
-            f"evaluate.held_out = {recipe.evaluate.held_out} keeps all of the {len(everything)} pairs aside, so there is nothing to "
-            "train on. Lower it, or give evaluate.prompts"
+            f"evaluate.held_out = {recipe.evaluate.held_out} keeps all of the {len(everything)} pairs aside, so there is "
+            "nothing to train on. Lower it, or give evaluate.prompts"
         )
     aside = set(kept)
     return [index for index in everything if index not in aside], kept
@@ -273,7 +283,8 @@ def _train(recipe: ImageRecipe, run: RunFolder, objective: ObjectiveSpec, folder
     )
     if trainer.accelerator.is_main_process:
         _note_environment(run, {"base": model.identity, "pairs_sha256": made_with["pairs"]})
-        _tell_beta(adapter, model, objective, store.rows(training[:1]))
+        if "reference" in algorithm.objective.seats:
+            _tell_beta(adapter, model, objective, store.rows(training[:1]))
     trainer.run()
     if trainer.accelerator.is_main_process:
         adapter.export(
@@ -289,6 +300,8 @@ def whole_model(recipe: ImageRecipe, run: RunFolder, trainer: Trainer, model: Mo
     checkpoint, onto a base that is loaded anew on the CPU."""
     if not any(hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") for weight in model.network.parameters()):
         return model
+    from polyalign.core import checkpoint
+
     last = checkpoint.latest(trainer.folder / "checkpoints")
     assert last is not None  # the last step is always saved
     on_cpu = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cpu"})})
@@ -305,6 +318,9 @@ def _note_environment(run: RunFolder, hashes: Mapping[str, str]) -> None:
 
 def _tell_beta(adapter: ImageAdapter, model: Model, objective: ObjectiveSpec, rows: Sequence[Mapping[str, Any]]) -> None:
     """Say what beta is in every convention, for latents of this model's size."""
+    from polyalign.core.objectives.beta import Beta
+    from polyalign.core.scores import Unit
+
     latents = adapter.prepare(model, rows, step=0).tensors["latents"]
     unit = Unit("timestep", elements=latents[0, 0].numel(), steps=model.parts["schedule"].steps)
     beta = Beta.of(objective.beta)
@@ -323,7 +339,7 @@ def _card(recipe: ImageRecipe, model: Model, objective: ObjectiveSpec, pairs: in
     }
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------------------
+# --- evaluation --------------------------------------------------------------------------------------------------------------
 
 
 def evaluation_conditions(recipe: ImageRecipe, run: RunFolder) -> list[dict[str, Any]]:
@@ -396,7 +412,7 @@ def sampled(
     return [Image.open(run / file).convert("RGB") for file in files], files
 
 
-# --- report and export ----------------------------------------------------------------------------------------------------------
+# --- report and export -------------------------------------------------------------------------------------------------------
 
 
 def report(recipe: ImageRecipe, run: RunFolder) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,24 @@ def write_run(folder: Path, kind: str = "improved", *, count: int = 240) -> Path
     return folder
 
 
+@pytest.fixture(scope="session")
+def _built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """Each kind of run is built once; tests get copies."""
+    root, known = tmp_path_factory.mktemp("runs"), {}
+
+    def built(kind: str, count: int) -> Path:
+        if (kind, count) not in known:
+            known[kind, count] = write_run(root / f"{len(known)}", kind, count=count)
+        return known[kind, count]
+
+    return built
+
+
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """``make_run(kind)``: a fresh synthetic run folder."""
-    return lambda kind="improved", **settings: write_run(tmp_path / kind.replace(" ", "-"), kind, **settings)
+def make_run(tmp_path: Path, _built: Callable[[str, int], Path]) -> Callable[..., Path]:
+    """``make_run(kind)``: a synthetic run folder of one's own."""
+
+    def make(kind: str = "improved", *, count: int = 240) -> Path:
+        return Path(shutil.copytree(_built(kind, count), tmp_path / kind.replace(" ", "-")))
+
+    return make
