@@ -39,7 +39,7 @@ class DeepSpeedLearner:
             raise UserError("DeepSpeed holds one network, and this method trains several; use ddp.yaml or fsdp2.yaml")
         share = settings.batch_size // accelerator.num_processes
         self.cuts = math.ceil(share / settings.micro_batch_size)
-        self.processes = accelerator.num_processes
+        self.processes, self.rank = accelerator.num_processes, accelerator.process_index
         plugin: Any = accelerator.state.deepspeed_plugin
         accelerator.gradient_accumulation_steps = self.cuts
         plugin.deepspeed_config |= {
@@ -92,11 +92,36 @@ class DeepSpeedLearner:
         refuse_other_names(shapes, weights)
         self._make_moments()
         for place, (name, parameter) in enumerate(self._named()):
-            self.api.safe_set_full_fp32_param(parameter, weights[name])
+            self._set_weight(parameter, weights[name])
             for key in MOMENTS:
-                self.api.safe_set_full_optimizer_state(parameter, optimizer_state["state"][place][key], key)
+                self._set_moment(parameter, optimizer_state["state"][place][key], key)
         for step in self._steps():
             step.fill_(float(optimizer_state["state"][0]["step"]))
+
+    @torch.no_grad()
+    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set what the optimiser holds and what the network computes with, which are two."""
+        if hasattr(parameter, "ds_tensor"):
+            part = self._own_part(parameter, value)
+            self.api.safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.copy_(part)
+        else:
+            self.api.safe_set_full_fp32_param(parameter, value)
+            parameter.copy_(value)
+
+    def _set_moment(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
+        if hasattr(parameter, "ds_tensor"):
+            self.api.safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+        else:
+            self.api.safe_set_full_optimizer_state(parameter, value, key)
+
+    def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
+        """This process's part at stage 3, which shares a parameter out evenly and fills the last part up. (DeepSpeed's own
+        way to set a whole parameter fails where it does not divide.)"""
+        size = parameter.ds_tensor.numel()
+        start = size * self.rank
+        part = value.flatten()[start : start + size]
+        return torch.nn.functional.pad(part, (0, size - part.numel())).to(parameter.ds_tensor.device)
 
     def _make_moments(self) -> None:
         """Give the optimiser inside the engine its moments, which it would make in its first step, so that they can be set."""

@@ -129,7 +129,10 @@ class EMA(FrozenCopy):
 
     @torch.no_grad()
     def after_step(self, network: nn.Module) -> None:
-        mean, policy = dict(self.network.named_parameters()), dict(network.named_parameters())
+        mean = dict(self.network.named_parameters())
+        policy = {name.removeprefix("module."): parameter for name, parameter in network.named_parameters()}  # an engine's
+        if any(hasattr(parameter, "ds_id") for parameter in policy.values()):
+            raise UserError("train.reference.seat: ema does not work at DeepSpeed's stage 3; use zero2.yaml or fsdp2.yaml")
         for name in self.followed:
             value = policy[name].detach()
             full = getattr(value, "full_tensor", None)  # a sharded parameter

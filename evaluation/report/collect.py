@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import yaml
 
 from polyalign.core.errors import UserError
+from polyalign.core.files import sha256_of
 from polyalign.evaluation.report.recipe import RecipeDifference, compare_with_recipe
 
 HASHED_AT_MOST = 512 * 2**20
@@ -189,16 +189,8 @@ def hash_files(folder: Path) -> dict[str, str]:
         if size > HASHED_AT_MOST:
             hashes[name] = f"{size} bytes, too large to hash here"
             continue
-        hashes[name] = _sha256(path)
+        hashes[name] = sha256_of(path)
     return hashes
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _by_column(rows: Sequence[Mapping[str, Any]]) -> Metrics:

@@ -39,12 +39,12 @@ class Settings:
 
     seed: int = 20261121
     pictures: int = 20_000
-    autoencoder_steps: int = 1_600
+    autoencoder_steps: int = 2_400
     autoencoder_batch: int = 32
     autoencoder_rate: float = 2e-3
-    denoiser_steps: int = 9_000
+    denoiser_steps: int = 6_500
     denoiser_batch: int = 64
-    denoiser_rate: float = 2e-3
+    denoiser_rate: float = 1.5e-3
     warmup: int = 200
     ema: float = 0.999
     empty_captions: float = 0.1

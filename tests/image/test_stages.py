@@ -1,0 +1,225 @@
+"""The verbs on a Stable Diffusion XL in small: from a recipe to pairs, an adapter, an evaluation and a report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from polyalign.core.checkpoint import latest
+from polyalign.datasets.pairs import PairStore
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from image_runs import LORA, digest, lines, only_generated, polyalign, recipe, save_base, write_recipe  # noqa: E402
+
+BLOCK = {"wins", "losses", "ties", "rate", "wilson", "rate_with_ties", "bootstrap", "sign_test_p"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base") / "tiny-xl")
+
+
+@pytest.fixture(scope="module")
+def aligned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe with an SFT arm, and the folder of its run."""
+    root = tmp_path_factory.mktemp("aligned")
+    config = write_recipe(root, recipe(base, arms={"sft": {"name": "sft"}}))
+    assert polyalign("align", config, root / "run") == 0
+    return config, root / "run"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_align_makes_every_product(aligned: tuple[Path, Path]) -> None:
+    _, run = aligned
+    files = ("config.yaml", "metrics.jsonl", "environment.json", "evaluation.json", "stages.json", "report.html", "report.json")
+    assert [name for name in (*files, LORA, f"arms/sft/{LORA}", "pairs/summary.json") if not (run / name).is_file()] == []
+    assert PairStore(run / "pairs").validate() == read(run / "pairs" / "summary.json")["pairs"] == 6
+    assert sorted(read(run / "stages.json")) == ["evaluate", "generate", "train", "train sft"]
+    for name in ("base", "aligned", "sft"):
+        pictures = sorted((run / "samples" / name).iterdir())
+        assert len(pictures) == 4
+        assert all(Image.open(picture).size == (32, 32) for picture in pictures)
+    assert (last := latest(run / "checkpoints")) is not None and last.step == 3
+
+
+def test_the_environment_is_recorded_without_the_machine(aligned: tuple[Path, Path]) -> None:
+    _, run = aligned
+    environment = read(run / "environment.json")
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["hashes"]["base"].startswith("tiny-xl@sha256:")
+    assert environment["hashes"]["pairs_sha256"] == PairStore(run / "pairs").content_hash()
+    assert str(run) not in json.dumps(environment)
+
+
+def test_the_evaluation_has_every_field_of_the_contract(aligned: tuple[Path, Path]) -> None:
+    _, run = aligned
+    evaluation = read(run / "evaluation.json")
+    assert evaluation["judge"] == {"name": "saturation", "version": "1"}
+    assert evaluation["prompts"] == 4
+    assert set(evaluation["win_rate"]) == BLOCK
+    assert sum(evaluation["win_rate"][side] for side in ("wins", "losses", "ties")) == 4
+    assert set(evaluation["other_judges"]) == {"shapes"} and set(evaluation["other_judges"]["shapes"]) == BLOCK
+    assert set(evaluation["arms"]) == {"sft"} and BLOCK < set(evaluation["arms"]["sft"])
+    assert all(set(evaluation["scores"][side]) == {"mean", "interval"} for side in ("base", "aligned"))
+    assert set(evaluation["tasks"]) == {"single_object", "two_object", "counting", "colors"}
+    for item in evaluation["items"]:
+        assert set(item) == {"prompt", "seed", "task", "base_score", "aligned_score", "base_image", "aligned_image"}
+        assert (run / item["base_image"]).is_file() and (run / item["aligned_image"]).is_file()
+    trained_on = {condition["prompt"] for condition in PairStore(run / "pairs").conditions()}
+    assert trained_on.isdisjoint(item["prompt"] for item in evaluation["items"])
+
+
+def test_the_report_holds_the_verdict(aligned: tuple[Path, Path]) -> None:
+    _, run = aligned
+    page, verdict = (run / "report.html").read_text(encoding="utf-8"), read(run / "report.json")["verdict"]
+    assert verdict["state"] in ("improved", "no change", "over-optimised", "diverged")
+    assert verdict["sentence"] in page and verdict["rule"] in page
+    assert "No environment was recorded" not in page
+
+
+def test_run_again_does_nothing(aligned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = aligned
+    before = {path: digest(path) for path in run.rglob("*") if path.is_file() and path.suffix not in (".html", ".json")}
+    before[run / "stages.json"] = digest(run / "stages.json")
+    capsys.readouterr()
+    # how often is logged and saved changes no weight, so it makes nothing anew either
+    assert polyalign("align", config, run, "train.log_every=2", "train.save_every=1", "train.keep_checkpoints=1") == 0
+    said = capsys.readouterr().err
+    assert [f"{stage}: done already, kept" in said for stage in ("generate", "train", "train sft", "evaluate")] == [True] * 4
+    assert {path: digest(path) for path in before if path.name != "config.yaml"} == {
+        path: content for path, content in before.items() if path.name != "config.yaml"
+    }
+
+
+def test_a_plan_says_that_all_is_done(aligned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = aligned
+    assert polyalign("align", config, run, "--dry-run") == 0
+    plan = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+    assert [words[-1] for words in plan if words[1] in ("generate", "train", "evaluate")] == ["done"] * 4
+
+
+def test_another_rank_keeps_the_pairs_and_trains_anew(
+    aligned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pairs are samples of the base: what is trained of it does not make them stale."""
+    config, run = aligned
+    capsys.readouterr()
+    assert polyalign("align", config, run, "model.lora.rank=3", "--dry-run") == 0
+    plan = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")}
+    assert "done" in plan["generate"]
+    assert "stale" in plan["train"] and "model.lora.rank 2 -> 3" in plan["train"]
+
+
+def test_beta_is_told_in_every_convention(aligned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = aligned
+    assert polyalign("train", config, only_generated(run, tmp_path / "run"), "train.steps=1", "arms={}") == 0
+    told = "beta 500 (mean_half) is mean 250, sum 0.976562, sum_half 1.95312, nats 0.00195312 (256 latent elements"
+    assert told in capsys.readouterr().err
+
+
+def test_export_copies_and_never_overwrites(
+    aligned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = aligned
+    assert polyalign("export", config, run, "--to", str(tmp_path / "mine")) == 0
+    assert {path.name: digest(path) for path in (tmp_path / "mine").iterdir()} == {
+        path.name: digest(path) for path in (run / "adapter").iterdir()
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # no unfinished copy is left
+    assert polyalign("export", config, run, "--to", str(tmp_path / "mine")) == 2
+    assert "exists already; nothing was written" in capsys.readouterr().err
+
+
+def test_export_before_training(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_recipe(tmp_path, recipe(base))
+    assert polyalign("generate", config, tmp_path / "run") == 0
+    assert polyalign("export", config, tmp_path / "run") == 2
+    assert "nothing was trained yet. Run 'polyalign train CONFIG' first" in capsys.readouterr().err
+
+
+def test_training_without_pairs_says_what_to_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from polyalign.modalities.image.train import main
+
+    config = write_recipe(tmp_path, recipe(base))
+    assert main([str(config), f"run={tmp_path / 'run'}"]) == 2
+    assert "Run 'polyalign generate CONFIG' first" in capsys.readouterr().err
+
+
+def test_full_training_exports_a_model_that_is_evaluated(aligned: tuple[Path, Path], tmp_path: Path) -> None:
+    config, generated = aligned
+    run = only_generated(generated, tmp_path / "run")
+    full = ("model.train=full", "train.reference.seat=frozen", "arms={}", "train.optimizer.learning_rate=1e-4")
+    assert polyalign("align", config, run, *full) == 0
+    assert lines(run)[0]["rewards/margins"] == 0.0
+    weights = load_file(run / "adapter" / "unet" / "diffusion_pytorch_model.safetensors")
+    last = latest(run / "checkpoints")
+    assert last is not None
+    assert all(torch.equal(weights[name], tensor) for name, tensor in last.weights("policy").items())
+    pictures = [(run / "samples" / name / "00000.png").read_bytes() for name in ("base", "aligned")]
+    assert pictures[0] != pictures[1]
+    assert read(run / "evaluation.json")["prompts"] == 4
+
+
+def test_automatic_beta_moves_and_is_recorded(aligned: tuple[Path, Path], tmp_path: Path) -> None:
+    config, generated = aligned
+    run = only_generated(generated, tmp_path / "run")
+    auto = ("objective.beta.auto={warmup_steps: 1, decay: 0.5}", "arms={}", "train.steps=4", "train.save_every=1")
+    assert polyalign("train", config, run, *auto) == 0
+    betas = [line["beta"] for line in lines(run)]
+    assert betas[0] == 500 and len(set(betas)) > 1
+    resumed = only_generated(generated, tmp_path / "resumed")
+    assert polyalign("train", config, resumed, *auto, "train.steps=2") == 0
+    assert polyalign("train", config, resumed, *auto) == 0
+    assert digest(resumed / LORA) == digest(run / LORA)
+    assert [line["beta"] for line in lines(resumed)] == betas[-len(lines(resumed)) :]
+
+
+@pytest.fixture
+def pictures_with_names(tmp_path: Path) -> Path:
+    """Twelve pairs of pictures with captions, of which the chosen ones are more colourful."""
+    folder = tmp_path / "mine"
+    for side in ("chosen", "rejected"):
+        (folder / side).mkdir(parents=True)
+    for number in range(12):
+        grey = 10 * number
+        Image.new("RGB", (40, 36), (255, grey, grey)).save(folder / "chosen" / f"{number:02d}.png")
+        Image.new("RGB", (32, 32), (grey + 20, grey, grey)).save(folder / "rejected" / f"{number:02d}.png")
+        (folder / "chosen" / f"{number:02d}.txt").write_text(f"a red square number {number}")
+    return folder
+
+
+def test_the_users_own_pictures(base: Path, pictures_with_names: Path, tmp_path: Path) -> None:
+    """Folders in, report out; the captions of a share of the pairs are kept out of training, and evaluated on."""
+    content = recipe(base, pairs={"source": "folders", "folder": str(pictures_with_names)})
+    content["evaluate"] = {"held_out": 0.3, "seeds_per_prompt": 2, "judges": [{"name": "saturation"}]}
+    run = tmp_path / "run"
+    assert polyalign("align", write_recipe(tmp_path, content), run) == 0
+    evaluation = read(run / "evaluation.json")
+    evaluated = [item["prompt"] for item in evaluation["items"]]
+    assert 0 < len(set(evaluated)) < 12 and len(evaluated) == 2 * len(set(evaluated))
+    assert len({item["seed"] for item in evaluation["items"]}) == len(evaluated)
+    card = (run / "adapter" / "README.md").read_text()
+    assert f"| pairs | {12 - len(set(evaluated))} |" in card
+    assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0, "keeps none of the 12 pairs aside"), (0.9999, "keeps all of the 12 pairs aside")])
+def test_a_share_that_leaves_one_side_empty(
+    share: float, said: str, base: Path, pictures_with_names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(base, pairs={"source": "folders", "folder": str(pictures_with_names)})
+    content["evaluate"] = {"held_out": share, "judges": [{"name": "saturation"}]}
+    assert polyalign("align", write_recipe(tmp_path, content), tmp_path / "run") == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "run" / "pairs" / "summary.json").is_file()
