@@ -99,7 +99,7 @@ class DeepSpeedLearner:
             step.fill_(float(optimizer_state["state"][0]["step"]))
 
     @torch.no_grad()
-    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def _set_weight(self, parameter: Any, value: Tensor) -> None:
         """Set what the optimiser holds and what the network computes with, which are two."""
         if hasattr(parameter, "ds_tensor"):
             part = self._own_part(parameter, value)

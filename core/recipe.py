@@ -102,7 +102,7 @@ class ReferenceConfig(Section):
     """For `adapter`: the name of the adapter that is the reference."""
 
     draws_per_pair: int = Field(default=1, ge=1)
-    """For `cached`: how many draws of noise and timestep are kept for each pair; training walks through them in turn."""
+    """For `cached`: how many draws of noise and timestep are kept for each pair; each step takes one by a keyed choice."""
 
 
 class TrainSettings(Section):

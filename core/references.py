@@ -111,6 +111,11 @@ class FrozenCopy(Stateless):
         self.network = frozen_copy(network)
 
     def to(self, device: torch.device) -> None:
+        if any(hasattr(parameter, "ds_id") for parameter in self.network.parameters()):
+            raise UserError(
+                "train.reference.seat: frozen or ema shares the untrained weights with the policy, which DeepSpeed's stage 3 "
+                "has cut up. Use adapter_off, which costs nothing, or zero2.yaml."
+            )
         self.network.to(device)
 
     @torch.no_grad()

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from polyalign.core import checkpoint as checkpoints
 from polyalign.core.algorithm import Algorithm, Layout, Rows
-from polyalign.core.candidates import Batch
 from polyalign.core.errors import UserError
 from polyalign.core.launch import start_accelerator
 from polyalign.core.learner import Learner, TorchLearner
@@ -117,7 +116,8 @@ class Trainer:
         with ProgressLine("train", total=settings.steps, start=first, visible=main) as progress:
             for step in range(first + 1, settings.steps + 1):
                 step_began = time.monotonic()
-                micro_batches = []
+                group_ids: list[str] = []
+                results: list[Statistics] = []
                 for rows, place, last in self._micro_batches(step):
                     torch.manual_seed(seed_of(self.seed, "layers", step, place))  # what dropout inside a network draws
                     batch = algorithm.prepare(rows, step=step).to(self.accelerator.device)
@@ -126,11 +126,12 @@ class Trainer:
                     for name, outcome in outcomes.items():
                         loss = outcome.loss.float().sum() / settings.batch_size
                         self.learners[name].backward(loss, alone=len(outcomes) == 1, last=last)
-                    micro_batches.append((batch, outcomes))
+                    group_ids += batch.group_ids
+                    results.append({name: with_loss(outcome) for name, outcome in outcomes.items()})
 
-                statistics = self._gathered([outcomes for _, outcomes in micro_batches])
+                statistics = self._gathered(results)
                 norms = {name: self.learners[name].gradient_norm() for name in statistics}
-                self._refuse_unless_finite(step, statistics, norms, [batch for batch, _ in micro_batches])
+                self._refuse_unless_finite(step, statistics, norms, group_ids)
                 rates = {name: self._learning_rate(name, step) for name in statistics}
                 for name in statistics:
                     norms[name] = self.learners[name].update(learning_rate=rates[name], clip_norm=settings.clip_norm)
@@ -175,13 +176,13 @@ class Trainer:
         epoch, place = divmod(position, len(self.data))
         return order(self.seed, len(self.data), epoch)[place]
 
-    def _gathered(self, outcomes: Sequence[Mapping[str, Outcome]]) -> Statistics:
-        """Statistics and losses of the whole batch, in the order of the data, on the CPU."""
+    def _gathered(self, results: Sequence[Statistics]) -> Statistics:
+        """The micro-batches of all processes joined, in the order of the data, on the CPU."""
         gathered: Statistics = {}
-        for name in outcomes[0]:
-            parts = [{**each[name].statistics, "loss": each[name].loss.detach().float()} for each in outcomes]
-            joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            gathered[name] = {key: self.accelerator.gather(value.contiguous()).cpu() for key, value in joined.items()}
+        for name, first in results[0].items():
+            joined = {key: torch.cat([result[name][key] for result in results]).contiguous() for key in first}
+            together: Any = self.accelerator.gather(joined)
+            gathered[name] = {key: value.cpu() for key, value in together.items()}
         return gathered
 
     def _learning_rate(self, name: str, step: int) -> float:
@@ -212,7 +213,7 @@ class Trainer:
         return figures | {"seconds": round(seconds, 4), "pairs_seen": pairs, **peak_memory()}
 
     def _refuse_unless_finite(
-        self, step: int, statistics: Statistics, norms: Mapping[str, float | None], batches: Sequence[Batch]
+        self, step: int, statistics: Statistics, norms: Mapping[str, float | None], group_ids: Sequence[str]
     ) -> None:
         """Raises UserError, after writing ``refused.json``, if the step would put a NaN or an infinity into the weights."""
         losses_finite = all(bool(values["loss"].isfinite().all()) for values in statistics.values())
@@ -222,9 +223,8 @@ class Trainer:
             return
         for learner in self.learners.values():
             learner.discard()
-        group_ids = gather_object([group_id for batch in batches for group_id in batch.group_ids])
         losses = {name: values["loss"].tolist() for name, values in statistics.items()}
-        refusal = Refusal(step, group_ids, losses, dict(norms))
+        refusal = Refusal(step, gather_object(list(group_ids)), losses, dict(norms))
         if self.accelerator.is_main_process:
             refusal.write(self.folder / "refused.json")
         raise refusal.error(self.folder / "refused.json", checkpoints.latest(self.folder / "checkpoints"))
@@ -291,6 +291,11 @@ class Trainer:
         speed = pairs / seconds if steps and seconds else 0.0
         folder = None if newest is None else newest.folder
         return Summary(steps, self.settings.steps, seconds, pairs, speed, peak_memory(), folder)
+
+
+def with_loss(outcome: Outcome) -> dict[str, Tensor]:
+    """The statistics and the loss of each group, without the graph, which would keep its memory until the end of the step."""
+    return {**outcome.statistics, "loss": outcome.loss.detach().float()}
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:

@@ -25,6 +25,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from polyalign.core.errors import UserError
+
 SIZE = 32
 CELL = 16
 RADIUS = 4.5  # an object is 9 pixels wide
@@ -136,15 +138,29 @@ def _of_two(task: str, first: str, second: str) -> Iterator[Spec]:
         yield from (Spec(task, (first, second), (a, b)) for a in COLOURS for b in COLOURS if a != b)
 
 
+@lru_cache(maxsize=1)
+def _held_out() -> frozenset[Spec]:
+    """A third of each task's compositions (at least one), in the order of their hash."""
+    chosen: set[Spec] = set()
+    for task in TASKS:
+        ordered = sorted(_all_of(task), key=lambda spec: hashlib.sha256(f"{task}: {caption(spec)}".encode()).digest())
+        chosen.update(ordered[: max(1, len(ordered) // 3)])
+    return frozenset(chosen)
+
+
 def held_out(prompt: str) -> bool:
-    """A third of the prompts, chosen by their hash, never take part in alignment and are what evaluation asks for."""
-    return hashlib.sha256(prompt.encode()).digest()[0] % 3 == 0
+    """Whether a prompt is one of those that never take part in alignment, and that evaluation asks for. What is held out is the
+    composition, under every opening: another wording of a trained prompt would be no test."""
+    return parse(prompt) in _held_out()
 
 
 def prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """``count`` conditions of a split (``train`` or ``heldout``), the six tasks in turn: {"prompt", "task"}.
 
-    The same prompt may come more than once when a task has fewer prompts than are asked for; never twice in a row.
+    The same prompt comes more than once when a task has fewer prompts than are asked for.
+
+    Raises:
+        ValueError: another split.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"the world 'shapes' has the splits 'train' and 'heldout', not {split!r}")
@@ -161,9 +177,10 @@ def prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return chosen
 
 
-def random_spec(rng: random.Random) -> Spec:
-    """One specification: the task evenly, then evenly within it."""
-    return rng.choice(_specifications_by_task()[rng.choice(TASKS)])
+def random_spec(rng: random.Random, weights: Mapping[str, float] | None = None) -> Spec:
+    """One specification: the task evenly or by ``weights``, then evenly within it."""
+    task = rng.choice(TASKS) if weights is None else rng.choices(list(weights), weights=list(weights.values()))[0]
+    return rng.choice(_specifications_by_task()[task])
 
 
 @lru_cache(maxsize=1)
@@ -171,10 +188,10 @@ def _specifications_by_task() -> dict[str, list[Spec]]:
     return {task: list(_all_of(task)) for task in TASKS}
 
 
-def noisy_caption(spec: Spec, rng: random.Random) -> str:
-    """The caption of ``spec``, wrong with the probability of its task (`CAPTION_NOISE`)."""
+def noisy_caption(spec: Spec, rng: random.Random, noise: Mapping[str, float] = CAPTION_NOISE) -> str:
+    """The caption of ``spec``, wrong with the probability of its task."""
     opening = rng.choice(OPENINGS)
-    if rng.random() >= CAPTION_NOISE.get(spec.task, 0.0):
+    if rng.random() >= noise.get(spec.task, 0.0):
         return caption(spec, opening)
     if spec.task == "counting":
         count = rng.choice([number for number in NUMBERS.values() if number != len(spec.shapes)])
@@ -336,14 +353,19 @@ class ShapesJudge:
     broken_below = 0.0  # a lower score is a broken picture, not only a wrong one: the report counts these
 
     def verdict(self, condition: Mapping[str, Any], picture: Image.Image) -> Verdict:
-        """Raises ValueError if the prompt is not of this world or the picture has another size than 32 x 32."""
+        """Raises:
+        UserError: the prompt is not of this world, or the picture has another size than 32 x 32.
+        """
+        try:
+            spec = parse(condition["prompt"])
+        except ValueError as error:
+            raise UserError(f"the judge 'shapes': {error}") from error
         if picture.size != (SIZE, SIZE):
-            raise ValueError(
+            raise UserError(
                 f"the judge 'shapes' sees pictures of {SIZE} x {SIZE} pixels, found {picture.size[0]} x {picture.size[1]}"
             )
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-        things, clean = detect(pixels)
-        return Verdict(tuple(things), clean, clean and satisfies(things, parse(condition["prompt"])))
+        things, clean = detect(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+        return Verdict(tuple(things), clean, clean and satisfies(things, spec))
 
     def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Image.Image]) -> list[float]:
         return [self.verdict(condition, picture).score for condition, picture in zip(conditions, outputs, strict=True)]

@@ -433,7 +433,16 @@ def export(recipe: ImageRecipe, run: RunFolder, destination: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
         with disk_full_explained(f"the export {destination}"):
-            shutil.copytree(source, partial / "export")
+            _copy(source, partial / "export")
         (partial / "export").rename(destination)
     finally:
         shutil.rmtree(partial)
+
+
+def _copy(source: Path, destination: Path) -> None:
+    """A folder's files. ``shutil.copytree`` would hide a full disk in an error of its own."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        target = destination / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "rb") as given, open(target, "wb") as copied:
+            shutil.copyfileobj(given, copied)

@@ -22,6 +22,7 @@ from polyalign.core.references import (
     FrozenCopy,
     NamedAdapter,
     NoReference,
+    Seat,
     StartingWeights,
     adapters_off,
     build_seat,
@@ -30,7 +31,13 @@ from polyalign.core.scores import DenseStatistics, Scores, Unit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exactness"))
 
-from tiny_training import Denoiser, TinyAdapter, TinyPairs  # noqa: E402
+from tiny_training import Denoiser, TinyAdapter, TinyPairs  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+
+def scores_of(seat: Seat, adapter: TinyAdapter, model: Any, batch: Any, draws: Any, index: int) -> Scores:
+    found = seat.scores(adapter, model, batch, draws, index=index)
+    assert found is not None
+    return found
 
 
 def setting(**options: Any) -> tuple[TinyAdapter, Any, Any, Any]:
@@ -58,7 +65,7 @@ def test_adapter_off_is_the_base_and_leaves_everything_as_it_was() -> None:
     perturb(model.network)
     trained = {name: value.requires_grad for name, value in model.network.named_parameters()}
     policy = adapter.score(model, batch, draws)
-    reference = AdapterOff(model.network).scores(adapter, model, batch, draws, index=1)
+    reference = scores_of(AdapterOff(model.network), adapter, model, batch, draws, 1)
     assert torch.equal(reference.values, base) and not reference.values.requires_grad
     assert not torch.equal(policy.values, base)
     assert trained == {name: value.requires_grad for name, value in model.network.named_parameters()}
@@ -130,7 +137,7 @@ def test_a_named_adapter_stands_still_while_another_is_trained() -> None:
     model.network.set_adapter("default")
     seat = build_seat(ReferenceConfig(seat="adapter", adapter_name="slow"), model.network)
     perturb(model.network)
-    assert torch.equal(seat.scores(adapter, model, batch, draws, index=1).values, slow)
+    assert torch.equal(scores_of(seat, adapter, model, batch, draws, 1).values, slow)
     assert model.network.active_adapters == ["default"]
     with pytest.raises(UserError, match=r"the network has only \['default', 'slow'\]"):
         NamedAdapter(model.network, "fast")
@@ -144,7 +151,7 @@ def test_a_frozen_copy_stays_and_shares_what_is_not_trained(lora: bool) -> None:
     start = adapter.score(model, batch, draws).values.detach()
     seat = FrozenCopy(model.network)
     perturb(model.network)
-    assert torch.equal(seat.scores(adapter, model, batch, draws, index=1).values, start)
+    assert torch.equal(scores_of(seat, adapter, model, batch, draws, 1).values, start)
     shared = [
         parameter is copied for parameter, copied in zip(model.network.parameters(), seat.network.parameters(), strict=True)
     ]
@@ -169,16 +176,16 @@ def test_an_ema_follows_and_its_state_comes_back() -> None:
 def test_a_cache_answers_without_the_network_and_survives_on_the_disk(tmp_path: Path) -> None:
     adapter, model, batch, draws = setting()
     seat = build_seat(ReferenceConfig(seat="cached"), model.network, folder=tmp_path, identity="a")
-    first = seat.scores(adapter, model, batch, draws, index=0)
+    first = scores_of(seat, adapter, model, batch, draws, 0)
     scored = adapter.scored
-    again = seat.scores(adapter, model, batch[1:3], draws, index=0)
+    again = scores_of(seat, adapter, model, batch[1:3], draws, 0)
     assert adapter.scored == scored and torch.equal(again.values, first.values[1:3])
     assert torch.equal(again.notes["timestep"], first.notes["timestep"][1:3]) and again.unit == first.unit
     seat.state_dict()  # a checkpoint writes the cache
     later = build_seat(ReferenceConfig(seat="cached"), model.network, folder=tmp_path, identity="a")
-    assert torch.equal(later.scores(adapter, model, batch, draws, index=0).values, first.values)
+    assert torch.equal(scores_of(later, adapter, model, batch, draws, 0).values, first.values)
     assert adapter.scored == scored
-    later.scores(adapter, model, batch, draws, index=1)
+    scores_of(later, adapter, model, batch, draws, 1)
     build_seat(ReferenceConfig(seat="cached"), model.network, folder=tmp_path, identity="b").scores(
         adapter, model, batch, draws, index=0
     )
@@ -189,11 +196,11 @@ def test_a_cache_of_the_starting_weights_refuses_once_they_are_gone(tmp_path: Pa
     adapter, model, batch, draws = setting(lora=False)
     seat = Cached(StartingWeights(), ScoreCache(tmp_path, "a"))
     assert seat.filled_before_training
-    seat.scores(adapter, model, batch, draws, index=0)
+    scores_of(seat, adapter, model, batch, draws, 0)
     seat.after_step(model.network)
-    seat.scores(adapter, model, batch, draws, index=0)
+    scores_of(seat, adapter, model, batch, draws, 0)
     with pytest.raises(UserError, match="lacks pair 'pair-000', draw 1, and training has begun"):
-        seat.scores(adapter, model, batch, draws, index=1)
+        scores_of(seat, adapter, model, batch, draws, 1)
 
 
 def test_a_cache_forgets_padding_and_refuses_dense_statistics(tmp_path: Path) -> None:

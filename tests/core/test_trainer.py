@@ -26,7 +26,7 @@ from polyalign.core.trainer import Trainer, order
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exactness"))
 
-from tiny_training import TinyPairs, algorithm, settings  # noqa: E402
+from tiny_training import TinyPairs, algorithm, settings  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

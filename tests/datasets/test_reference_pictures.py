@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+
 from polyalign.core.errors import UserError
 from polyalign.datasets.reference_pictures import ReferenceNameJudge, ReferenceStyleJudge, distance
 

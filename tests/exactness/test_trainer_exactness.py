@@ -21,7 +21,7 @@ from polyalign.core.trainer import Trainer
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from tiny_training import TinyPairs, algorithm, digest, settings  # noqa: E402
+from tiny_training import TinyPairs, algorithm, digest, settings  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 ROOT = HERE.parents[1]
 TIMES = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
