@@ -6,6 +6,7 @@ Letters: G groups, K candidates in a group, U units of a candidate.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from polyalign.core.adapter import Adapter, Model, Row
 from polyalign.core.candidates import Batch
+from polyalign.core.errors import UserError
+from polyalign.core.learner import is_sharded
 from polyalign.core.objectives import AutoBeta, Beta, Objective, Outcome
 from polyalign.core.randomness import seed_of
 from polyalign.core.references import Cached, Seat
@@ -30,12 +33,14 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """This process among the others. ``wait`` returns when all of them have called it."""
+    """This process among the others. ``wait`` returns when all of them have called it; ``autocast`` gives the precision of a
+    step's forward passes, for those outside of a step."""
 
     device: torch.device
     rank: int
     processes: int
     wait: Callable[[], None]
+    autocast: Callable[[], AbstractContextManager[Any]]
 
 
 class Algorithm(Protocol):
@@ -134,6 +139,12 @@ class DirectPreference:
 
     def begin(self, data: Rows, layout: Layout, *, micro_batch_size: int) -> None:
         for seat in self.seats.values():
+            if isinstance(seat, Cached) and is_sharded(self.networks["policy"]):
+                raise UserError(
+                    "train.reference.seat: cached does not work where the weights are cut up over processes (FSDP, DeepSpeed's "
+                    "stage 3): one that finds its scores would leave out a forward pass that the others wait for. Use "
+                    "adapter_off or frozen, or ddp.yaml or zero2.yaml."
+                )
             seat.to(layout.device)
             if isinstance(seat, Cached) and seat.filled_before_training:
                 self._fill(seat, data, layout, size=min(micro_batch_size, len(data)))
@@ -154,7 +165,8 @@ class DirectPreference:
                 batch = self.adapter.prepare(self.policy, rows, step=index).to(layout.device)
                 if not all((group_id, index) in seat.cache for group_id in batch.group_ids):
                     draws = self.adapter.draws(self.policy, batch, step=index)
-                    seat.scores(self.adapter, self.policy, batch, draws, index=index)
+                    with layout.autocast():
+                        seat.scores(self.adapter, self.policy, batch, draws, index=index)
         seat.cache.flush()
 
     def after_step(self, step: int, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:

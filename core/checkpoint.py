@@ -1,7 +1,7 @@
 """Checkpoints that are there whole or not at all.
 
     checkpoints/step-000100/
-        state.json               step, what the algorithm keeps, the settings it was made with, size of every other file
+        state.json               step, what the algorithm keeps, the settings it was made with, size and hash of the other files
         <network>.safetensors    trainable weights only
         <network>.optimizer.pt   optimiser state, tensors and plain numbers (loads with ``weights_only=True``)
         algorithm.safetensors    tensors that the algorithm keeps, for instance an averaged reference
@@ -13,9 +13,9 @@ either the whole checkpoint or the one before it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polyalign.core.errors import UserError
+from polyalign.core.files import Manifest, disk_full_explained, sha256_of
 
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PARTIAL = ".partial"
 
 
@@ -43,16 +43,40 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.folder / f"{name}.safetensors")
+        with self._sound(f"{name}.safetensors") as path:
+            return load_file(path)
 
     def optimizer(self, name: str) -> dict[str, Any]:
-        return torch.load(self.folder / f"{name}.optimizer.pt", map_location="cpu", weights_only=True)
+        with self._sound(f"{name}.optimizer.pt") as path:
+            return torch.load(path, map_location="cpu", weights_only=True)
 
     def algorithm(self) -> dict[str, Any]:
         """What ``Algorithm.state_dict`` gave, tensors and all."""
-        path = self.folder / "algorithm.safetensors"
-        tensors = load_file(path) if path.exists() else {}
+        tensors: dict[str, Tensor] = {}
+        if "algorithm.safetensors" in self.state["files"]:
+            with self._sound("algorithm.safetensors") as path:
+                tensors = load_file(path)
         return join_tensors(self.state["algorithm"], tensors)
+
+    @contextlib.contextmanager
+    def _sound(self, name: str) -> Iterator[Path]:
+        """Yields the path of a file to be read.
+
+        Raises:
+            UserError: it is not what was written, or cannot be read. A pickle with code in it is such a file; nothing is run.
+        """
+        path = self.folder / name
+        remedy = (
+            f"Move {self.folder} away and run the same command again: training goes on from the checkpoint before it, or "
+            "starts anew where there is none."
+        )
+        written = self.state.get("sha256", {}).get(name)
+        if written is not None and sha256_of(path) != written:
+            raise UserError(f"{path}: is damaged; its content is not what was written. {remedy}")
+        try:
+            yield path
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}). {remedy}") from error
 
 
 def save(
@@ -76,7 +100,8 @@ def save(
     Raises:
         UserError: the disk is full; the checkpoints that were there are untouched.
     """
-    with disk_errors(root), whole_folder(root / f"step-{step:06d}") as folder:
+    final = root / f"step-{step:06d}"
+    with disk_full_explained(f"the checkpoint {final}"), whole_folder(final) as folder:
         for name, tensors in weights.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
         for name, state in optimizers.items():
@@ -85,21 +110,23 @@ def save(
         plain, tensors = split_tensors(algorithm)
         if tensors:
             save_file(tensors, folder / "algorithm.safetensors")
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        state = {"step": step, "files": files, "algorithm": plain, "identity": dict(identity)}
+        written = sorted(folder.iterdir())
+        state = {
+            "step": step,
+            "files": {path.name: path.stat().st_size for path in written},
+            "sha256": {path.name: sha256_of(path) for path in written},
+            "algorithm": plain,
+            "identity": dict(identity),
+        }
         (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
     for old in complete(root)[:-keep]:
         shutil.rmtree(old.folder)
-    return root / f"step-{step:06d}"
+    return final
 
 
 def complete(root: Path) -> list[Checkpoint]:
     """The whole checkpoints under ``root``, oldest first. A folder with a missing or short file is passed over."""
-    found = []
-    for folder in sorted(root.glob("step-*")) if root.is_dir() else []:
-        checkpoint = _read(folder)
-        if checkpoint is not None:
-            found.append(checkpoint)
+    found = [checkpoint for checkpoint in _found(root).values() if isinstance(checkpoint, Checkpoint)]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -109,16 +136,28 @@ def latest(root: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def _read(folder: Path) -> Checkpoint | None:
-    if not re.fullmatch(r"step-\d{6,}", folder.name) or not (folder / "state.json").is_file():
-        return None
+def damaged(root: Path) -> dict[Path, str]:
+    """The folders under ``root`` that :func:`complete` passes over, and what is wrong with each. One whose writing was broken
+    off is not among them: it never was a checkpoint."""
+    return {folder: found for folder, found in _found(root).items() if isinstance(found, str)}
+
+
+def _found(root: Path) -> dict[Path, Checkpoint | str]:
+    folders = sorted(root.glob("step-*")) if root.is_dir() else []
+    return {folder: _read(folder) for folder in folders if re.fullmatch(r"step-\d{6,}", folder.name)}
+
+
+def _read(folder: Path) -> Checkpoint | str:
+    """The checkpoint, or what is wrong with it."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files, step = state["files"], int(state["step"])
+        sizes, step, _ = state["files"], int(state["step"]), (state["algorithm"], state["identity"])
+    except FileNotFoundError:
+        return "state.json is missing"
     except (ValueError, KeyError, TypeError):
-        return None
-    whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
-    return Checkpoint(folder, step, state) if whole else None
+        return "state.json is damaged"
+    wrong = Manifest({name: {"bytes": size} for name, size in sizes.items()}).damage(folder)
+    return next((f"{name} {what}" for name, what in wrong.items()), Checkpoint(folder, step, state))
 
 
 def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
@@ -145,15 +184,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines
-
-
-def set_aside(path: Path) -> None:
-    """Rename ``path`` to the first free ``NAME.before-N``, so that starting anew loses nothing."""
-    if path.exists():
-        number = 1
-        while path.with_name(f"{path.name}.before-{number}").exists():
-            number += 1
-        path.rename(path.with_name(f"{path.name}.before-{number}"))
 
 
 @contextlib.contextmanager
@@ -185,31 +215,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk into a :class:`UserError`, in each of the three forms in which libraries report it."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_full_disk(error):
-            raise
-        free = shutil.disk_usage(where if where.exists() else where.parent).free
-        raise UserError(
-            f"there is no room to write under {where} ({free / 1e9:.2f} GB free, or a quota or file-size limit is reached). "
-            "What was complete before is untouched. Free some space, or lower train.keep_checkpoints, and run the same "
-            "command again: it goes on from the last checkpoint."
-        ) from error
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL_DISK
-    if isinstance(error, SafetensorError):  # carries the number in its text only
-        number = re.search(r"os error (\d+)", str(error))
-        return number is not None and int(number[1]) in FULL_DISK
-    return error.__context__ is not None and _is_full_disk(error.__context__)  # torch.save hides the OSError behind its own
 
 
 def split_tensors(nested: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:

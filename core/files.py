@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from polyalign.core.errors import UserError
 
 DISK_FULL = {
@@ -65,13 +67,39 @@ def disk_full_explained(what: str) -> Iterator[None]:
     """Turn the operating system's "no space left" into a message that says what was being written and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        number = _disk_full(error)
+        if number is None:
             raise
         raise UserError(
-            f"{DISK_FULL[error.errno]}: could not write {error.filename or what} (while writing {what}). What was finished "
-            "before is kept. Free some space, or take another run folder with --run, and run the same command again to go on."
+            f"{DISK_FULL[number]}: could not write {getattr(error, 'filename', None) or what} (while writing {what}). What was "
+            "finished before is kept. Free some space, or take another run folder with --run, and run the same command again "
+            "to go on."
         ) from error
+
+
+def _disk_full(error: BaseException | None) -> int | None:
+    """The number of ``DISK_FULL`` behind an error, in each of the three forms in which libraries report it."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in DISK_FULL else None
+    if isinstance(error, SafetensorError):  # carries the number in its text only
+        found = re.search(r"os error (\d+)", str(error))
+        return int(found[1]) if found and int(found[1]) in DISK_FULL else None
+    if isinstance(error, RuntimeError):  # torch.save hides the OSError behind its own
+        return _disk_full(error.__context__)
+    return None
+
+
+def set_aside(folder: Path, items: Sequence[str]) -> list[str]:
+    """Rename those of ``items`` that are there below ``folder`` to ``NAME.stale-N``, with the first N that is free for all of
+    them, so that starting anew loses nothing. Returns the new names."""
+    present = [item for item in items if (folder / item).exists()]
+    number = 1
+    while any((folder / f"{item}.stale-{number}").exists() for item in present):
+        number += 1
+    for item in present:
+        (folder / item).rename(folder / f"{item}.stale-{number}")
+    return [f"{item}.stale-{number}" for item in present]
 
 
 def sha256_of(content: bytes | Path) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
 
 from polyalign.core.errors import UserError
 from polyalign.core.recipe import TrainSettings
@@ -33,8 +35,11 @@ def start_accelerator(settings: TrainSettings, *, cpu: bool | None = None) -> Ac
         if precision == "fp16":
             raise UserError("train.mixed_precision: fp16 does not work under DeepSpeed here; use bf16 or no")
         precision = "no"  # DeepSpeed would cast the weights themselves; the trainer's autocast does what bf16 means elsewhere
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # an earlier training in this process, with another precision
+    if AcceleratorState._shared_state:  # an earlier training in this process, perhaps with another precision or device
+        earlier = AcceleratorState()
+        moved = (earlier.device.type == "cpu") != cpu
+        if moved or earlier.mixed_precision != precision:
+            AcceleratorState._reset_state(reset_partial_state=moved)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     refuse_lost_processes(accelerator.num_processes)
     if settings.batch_size % accelerator.num_processes:
@@ -44,6 +49,25 @@ def start_accelerator(settings: TrainSettings, *, cpu: bool | None = None) -> Ac
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP version 1 is not supported; use version 2 (configs/accelerate/fsdp2.yaml)")
+    return accelerator
+
+
+def accelerator_beside(networks: Iterable[nn.Module], settings: TrainSettings, given: Accelerator | None) -> Accelerator:
+    """``given``, or a new accelerator, on the kind of device that the networks are on: whoever loaded them chose it
+    (``model.device``), and the rest of the model stays there.
+
+    Raises:
+        UserError: the networks are on several kinds, or ``given`` is on another; what :func:`start_accelerator` refuses.
+    """
+    kinds = {parameter.device.type for network in networks for parameter in network.parameters()}
+    if len(kinds) != 1:
+        raise UserError(f"model.device: the weights are on {' and '.join(sorted(kinds)) or 'no device'}; put them on one")
+    accelerator = given or start_accelerator(settings, cpu=kinds == {"cpu"})
+    if kinds != {accelerator.device.type}:
+        raise UserError(
+            f"model.device: the network is on {kinds.pop()}, and training would run on {accelerator.device.type}. Set "
+            "model.device to auto, or start the training for the network's device."
+        )
     return accelerator
 
 

@@ -69,8 +69,7 @@ class TorchLearner:
             self.network, prepared = accelerator.prepare(network, optimizer)
             self.optimizer: torch.optim.Optimizer = prepared.optimizer
         else:
-            sharded = any(isinstance(parameter, DTensor) for parameter in network.parameters())
-            self.network = network if sharded else network.to(accelerator.device)
+            self.network = network if is_sharded(network) else network.to(accelerator.device)
             self.optimizer = build_optimizer(trained(network).values(), config)
         self.parameters = trained(self.network)
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
@@ -137,6 +136,24 @@ class TorchLearner:
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether processes hold parts of the weights: FSDP2's, or (with ``ds_id``) those of DeepSpeed's stage 3."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in network.parameters())
+
+
+def refuse_float16(network: nn.Module, mixed_precision: str) -> None:
+    """Raises UserError where gradients would vanish in float16: its smallest number is 6e-8, and only fp16's loss scale keeps
+    them above it. Weights that are trained cannot be float16 at all, since torch's loss scaling refuses them."""
+    halves = [parameter for parameter in network.parameters() if parameter.dtype == torch.float16]
+    if halves and mixed_precision != "fp16":
+        raise UserError(
+            f"model.dtype: float16 with train.mixed_precision: {mixed_precision}: gradients would vanish, since nothing scales "
+            "the loss. Set train.mixed_precision to fp16, or model.dtype to bfloat16 or float32."
+        )
+    if any(parameter.requires_grad for parameter in halves):
+        raise UserError("weights that are trained must not be float16: set model.dtype to float32, and fp16 casts as it goes")
 
 
 def refuse_other_names(parameters: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

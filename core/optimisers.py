@@ -24,7 +24,7 @@ def build_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) ->
     """
     trainable = list(parameters)
     if not trainable:
-        raise UserError("the network has no trainable parameter: add a LoRA (train.lora) or choose full training")
+        raise UserError("the network has no trainable parameter: add a LoRA (model.lora) or set model.train to full")
     if config.name == "adafactor":
         from transformers.optimization import Adafactor
 

@@ -1,9 +1,13 @@
 """Randomness without state: every draw is keyed by what it is for.
 
-No generator is carried from step to step and no global seed is set after the start, so nothing random has to be saved in a
-checkpoint and a resumed run draws what the uninterrupted one would have drawn. The idea is NVlabs/edm2's, which reseeds every
-step; here the key also names the purpose and the pair, so that a draw does not depend on the rank, the micro-batch or the
-order.
+No generator is carried from step to step, so nothing random has to be saved in a checkpoint and a resumed run draws what the
+uninterrupted one would have drawn. The idea is NVlabs/edm2's, which reseeds every step; here the key also names the purpose and
+the pair, so that a draw does not depend on the rank, the micro-batch or the order.
+
+One thing cannot be keyed by pair: dropout inside a network draws from torch's global generator, for a whole micro-batch at
+once. The trainer seeds that generator before each micro-batch by the place of its first group in the order of the data. So
+dropout is the same after a resume and on any number of processes whose micro-batches begin at the same places, but another
+``micro_batch_size`` gives other masks.
 """
 
 from __future__ import annotations

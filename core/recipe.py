@@ -28,7 +28,8 @@ class AutoBetaConfig(Section):
     """How slowly the running mean of the absolute log-ratio margin forgets; 0 looks at the last step alone."""
 
     warmup_steps: int = Field(default=10, ge=0)
-    """Optimiser steps during which the given value is kept while the running mean fills."""
+    """Optimiser steps with a margin during which the given value is kept while the running mean fills. 0: the first margin is
+    the mean, as in SimpleTuner, so the small margins of the first steps hold on."""
 
     minimum: float = Field(default=1.0, gt=0.0)
     """Beta never goes below this, in the convention of `beta.convention`."""
@@ -115,7 +116,8 @@ class TrainSettings(Section):
     """Pairs in one optimiser step, over all processes together."""
 
     micro_batch_size: int = Field(default=1, ge=1)
-    """Pairs in one forward and backward pass of one process; smaller needs less memory and gives the same result."""
+    """Pairs in one forward and backward pass of one process; smaller needs less memory and gives the same result, to
+    rounding; only dropout then draws other masks."""
 
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """The optimiser and its numbers."""

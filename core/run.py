@@ -32,7 +32,7 @@ from pydantic import BaseModel
 from polyalign.core import environment
 from polyalign.core.config import dump
 from polyalign.core.errors import UserError
-from polyalign.core.files import Manifest, atomic_write, disk_full_explained, locked, manifest_of, sha256_of
+from polyalign.core.files import Manifest, atomic_write, disk_full_explained, locked, manifest_of, set_aside, sha256_of
 from polyalign.core.memory import peak_memory, reset_peak_memory
 
 Status = Literal["todo", "started", "stale", "done"]
@@ -111,13 +111,31 @@ class RunFolder:
         if self._writes:
             atomic_write(self.path / "config.yaml", dump(recipe))
 
-    def write_environment(self) -> None:
-        """Write what this run runs on as ``environment.json``: versions, devices, commit, command."""
-        if self._writes:
-            atomic_write(self.path / "environment.json", json.dumps(environment.snapshot(), indent=1) + "\n")
+    def write_environment(self, hashes: Mapping[str, str] | None = None) -> None:
+        """Write what this run runs on as ``environment.json``: versions, devices, commit, command. Each stage that has work to
+        do writes it, and its record in ``stages.json`` keeps its own.
+
+        Args:
+            hashes: of what went into the work, for instance the base's; added to those that the file has.
+        """
+        if not self._writes:
+            return
+        path = self.path / "environment.json"
+        found = {**self._hashes(path), **(hashes or {})}
+        content = environment.snapshot() | ({"hashes": found} if found else {})
+        atomic_write(path, json.dumps(content, indent=1) + "\n")
+
+    @staticmethod
+    def _hashes(path: Path) -> Mapping[str, str]:
+        """``hashes`` of the file as it is; a damaged one, which this run will write anew, has none."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8")).get("hashes", {})
+        except (FileNotFoundError, ValueError, AttributeError):
+            return {}
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """What ``stages.json`` says: for each stage ``seconds``, ``peak_memory_bytes``, ``inputs_hash``, ``finished`` and more.
+        """What ``stages.json`` says: for each stage ``seconds``, ``peak_memory_bytes``, ``inputs_hash``, ``finished``,
+        ``environment`` and more.
 
         Raises:
             UserError: the file is damaged.
@@ -164,6 +182,7 @@ class RunFolder:
         if not stage.todo:
             yield stage
             return
+        self.write_environment()
         before = self.records().get(name, {}) if stage.status == "started" else {}
         record = {"finished": False, "inputs_hash": digest, "inputs": wanted, "after": upstream}
         with self._measured(name, record, before), disk_full_explained(f"stage {name} in {self.path}"):
@@ -172,8 +191,8 @@ class RunFolder:
 
     @contextmanager
     def _measured(self, name: str, record: dict[str, Any], before: Mapping[str, Any]) -> Iterator[None]:
-        """Keep ``record`` in the ledger from the beginning; at the end, however it comes, with its time and memory, to which
-        those of an interrupted attempt ``before`` are added."""
+        """Keep ``record`` in the ledger from the beginning; at the end, however it comes, with what it ran on and its time and
+        memory, to which those of an interrupted attempt ``before`` are added."""
         seconds = before.get("seconds", 0.0)
         self._record(name, record | {"seconds": seconds, "peak_memory_bytes": before.get("peak_memory_bytes", 0)})
         began = time.monotonic()
@@ -183,6 +202,7 @@ class RunFolder:
         finally:
             record["seconds"] = round(seconds + time.monotonic() - began, 3)
             record |= {key: max(value, before.get(key, 0)) for key, value in peak_memory().items()}
+            record["environment"] = environment.snapshot()
             self._record(name, record)
 
     def _assess(
@@ -236,14 +256,7 @@ class RunFolder:
             self._tell(f"{stage.name}: begins anew, since {why}{kept}")
 
     def _move_aside(self, belongings: Sequence[str]) -> list[str]:
-        present = [item for item in belongings if (self.path / item).exists()]
-        number = 1
-        while any((self.path / f"{item}.stale-{number}").exists() for item in present):
-            number += 1
-        if self._writes:
-            for item in present:
-                (self.path / item).rename(self.path / f"{item}.stale-{number}")
-        return [f"{item}.stale-{number}" for item in present]
+        return set_aside(self.path, belongings) if self._writes else []
 
     def _finished(self, name: str, products: Sequence[str]) -> dict[str, Any]:
         missing = [item for item in products if not (self.path / item).exists()]

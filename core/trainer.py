@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from torch import Tensor
 from polyalign.core import checkpoint as checkpoints
 from polyalign.core.algorithm import Algorithm, Layout, Rows
 from polyalign.core.errors import UserError
-from polyalign.core.launch import start_accelerator
-from polyalign.core.learner import Learner, TorchLearner
+from polyalign.core.files import set_aside
+from polyalign.core.launch import accelerator_beside
+from polyalign.core.learner import Learner, TorchLearner, refuse_float16
 from polyalign.core.memory import peak_memory
 from polyalign.core.objectives import Outcome
 from polyalign.core.optimisers import schedule_factor
@@ -36,7 +38,8 @@ from polyalign.core.recipe import OptimizerConfig, TrackingConfig, TrainSettings
 from polyalign.core.refusal import Refusal
 from polyalign.core.tracking import MetricsFile, figures_of, open_tracker
 
-# Settings that may change between a kill and a resume: none of them changes the weights but by rounding.
+# Settings that may change between a kill and a resume: none of them changes the weights but by rounding, and
+# micro_batch_size by what dropout draws.
 HARMLESS = {"save_every", "keep_checkpoints", "log_every", "micro_batch_size", "threads", "gradient_checkpointing"}
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -63,7 +66,12 @@ class Trainer:
         folder: the run folder, for ``checkpoints/``, ``metrics.jsonl`` and, after a refused step, ``refused.json``.
         identity: what a resumed run must share besides the settings: the objective, the base's hash, the pairs' hash.
         optimizers: settings by network name, where they differ from ``settings.optimizer``.
-        accelerator: one that is there already; by default one is started for the processes that run.
+        accelerator: one that is there already; by default one is started for the processes that run, on the kind of device
+            that the networks are on.
+
+    Raises:
+        UserError: no pairs; networks elsewhere than the accelerator, or in float16 without fp16's loss scale; a batch that
+            would have to be cut and cannot be.
     """
 
     def __init__(
@@ -82,7 +90,9 @@ class Trainer:
         if len(data) == 0:
             raise UserError("there are no pairs to train on; pairs/summary.json says how many were made and why not more")
         self.algorithm, self.data, self.settings, self.folder, self.seed = algorithm, data, settings, Path(folder), seed
-        self.accelerator = accelerator or start_accelerator(settings)
+        for network in algorithm.networks.values():
+            refuse_float16(network, settings.mixed_precision)
+        self.accelerator = accelerator_beside(algorithm.networks.values(), settings, accelerator)
         self.optimizers = {name: (optimizers or {}).get(name, settings.optimizer) for name in algorithm.networks}
         self.learners = {name: self._learner(name) for name in algorithm.networks}
         self.tracking = tracking or TrackingConfig()
@@ -106,11 +116,11 @@ class Trainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
             self.accelerator.wait_for_everyone,
+            lambda: autocast(settings, self.accelerator.device),
         )
         for network in algorithm.networks.values():
             network.train()
-        with autocast(settings, layout.device):
-            algorithm.begin(self.data, layout, micro_batch_size=settings.micro_batch_size)
+        algorithm.begin(self.data, layout, micro_batch_size=settings.micro_batch_size)
         began = time.monotonic()
 
         with ProgressLine("train", total=settings.steps, start=first, visible=main) as progress:
@@ -119,9 +129,9 @@ class Trainer:
                 group_ids: list[str] = []
                 results: list[Statistics] = []
                 for rows, place, last in self._micro_batches(step):
-                    torch.manual_seed(seed_of(self.seed, "layers", step, place))  # what dropout inside a network draws
+                    torch.manual_seed(seed_of(self.seed, "layers", step, place))  # dropout's; see core/randomness.py
                     batch = algorithm.prepare(rows, step=step).to(self.accelerator.device)
-                    with autocast(settings, layout.device):
+                    with layout.autocast():
                         outcomes = algorithm.step(batch, step=step)
                     for name, outcome in outcomes.items():
                         loss = outcome.loss.float().sum() / settings.batch_size
@@ -235,7 +245,8 @@ class Trainer:
         if cut and not self.algorithm.group_separable:
             raise UserError(
                 "this objective couples the pairs of a batch, so a batch cannot be cut: set train.micro_batch_size to "
-                f"train.batch_size ({self.settings.batch_size}) and use one process"
+                f"train.batch_size ({self.settings.batch_size}) and use one process. If the winner safeguard couples them "
+                "(sdpo, objective.winner_safeguard), objective.safeguard_scope: group takes each pair by itself instead."
             )
 
     def _save(self, step: int) -> None:
@@ -262,8 +273,10 @@ class Trainer:
         root = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in (root, self.metrics.path) if anew else ():
-                checkpoints.set_aside(path)
+            if anew:
+                set_aside(self.folder, [root.name, self.metrics.path.name])
+            for folder, wrong in checkpoints.damaged(root).items():
+                print(f"{folder}: is damaged and passed over ({wrong})", file=sys.stderr, flush=True)
         self.accelerator.wait_for_everyone()
         found = checkpoints.latest(root)
         if found is not None:
@@ -280,7 +293,9 @@ class Trainer:
             if self.accelerator.scaler is not None and kept["scaler"]:
                 self.accelerator.scaler.load_state_dict(kept["scaler"])
         step = 0 if found is None else found.step
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and found is None:
+            set_aside(self.folder, [self.metrics.path.name])  # figures of steps whose weights are lost
+        elif self.accelerator.is_main_process:
             self.metrics.rewind(step)
         return step
 

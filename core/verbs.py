@@ -96,9 +96,13 @@ def job_of(options: argparse.Namespace) -> Job:
         _set_run(draft, folder)
         recipe, provenance = validate(draft, module.SCHEMA)
     path = Path(recipe.run).expanduser()
-    if path.is_dir() and any(path.iterdir()) and not ((path / "config.yaml").is_file() or (path / "stages.json").is_file()):
+    if path.is_dir() and any(path.iterdir()) and not _is_run(path):
         raise UserError(f"run folder {path}: is not empty and not the folder of a run. Give a new or empty one with --run.")
     return Job(recipe, module, path, provenance.files)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or (folder / "stages.json").is_file()
 
 
 def _overridden(draft: Draft) -> set[str]:
@@ -147,8 +151,9 @@ def one_stage(verb: str, options: argparse.Namespace) -> int:
     known = [*names[: names.index(verb)], verb] if verb in names else [verb]
     if options.dry_run:
         return _show_plan(job, known)
-    if verb not in ALWAYS:
-        _refuse_stale_inputs(job, verb, plan(job, known))
+    if verb in ALWAYS:
+        return _of_what_is_there(job, verb)
+    _refuse_stale_inputs(job, verb, plan(job, known))
     return _execute(job, lambda run: getattr(job.module, verb)(job.recipe, run))
 
 
@@ -184,11 +189,20 @@ def _refuse_stale_inputs(job: Job, verb: str, stages: dict[str, dict[str, Stage]
         waiting += [other for other in stage.after if other not in waiting]
 
 
+def _of_what_is_there(job: Job, verb: str) -> int:
+    """A verb that does no work of a run: what the folder says about how that was done stays as it is."""
+    if not _is_run(job.folder):
+        raise UserError(f"run folder {job.folder}: holds no run, so there is nothing to {verb}. Run 'polyalign align' first.")
+    with RunFolder(job.folder).lock() as run:
+        getattr(job.module, verb)(job.recipe, run)
+    print(f"run folder: {job.folder}")
+    return 0
+
+
 def _execute(job: Job, work: Callable[[RunFolder], None]) -> int:
     run = RunFolder(job.folder)
     with run.lock():
         run.write_config(job.recipe)
-        run.write_environment()
         work(run)
     print(f"run folder: {job.folder}")
     return 0

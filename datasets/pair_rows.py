@@ -106,14 +106,14 @@ def condition_of(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": stored["prompt"], **task, **json.loads(stored.get("metadata") or "{}")}
 
 
-def from_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored row as the trainer reads it: pictures decoded to RGB, JSON text opened."""
+def from_stored(stored: Mapping[str, Any], *, decoded: bool = True) -> dict[str, Any]:
+    """A stored row in memory: JSON text opened, pictures decoded to RGB or left as the bytes of their files."""
     provenance = stored["provenance"]
     opened = {name: json.loads(provenance[name] or "{}") for name in ("sampler", "judges")}
     return {
         **stored,
         "condition": condition_of(stored["condition"]),
-        **{side: decode(stored[side]["bytes"]) for side in PICTURES},
+        **{side: decode(stored[side]["bytes"]) if decoded else stored[side]["bytes"] for side in PICTURES},
         "provenance": {**provenance, **opened},
     }
 

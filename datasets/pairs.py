@@ -93,11 +93,12 @@ class PairStore:
     def __len__(self) -> int:
         return len(self._open_shards()[1])
 
-    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows by their position in the store, in the order asked for; only these rows' pictures are decoded.
+    def rows(self, indices: Sequence[int], *, decode: bool = True) -> list[dict[str, Any]]:
+        """Rows by their position in the store, in the order asked for; only these rows' pictures are decoded, and with
+        ``decode=False`` not even these: they are then the bytes of their files.
 
         Raises:
-            IndexError: no such row. UserError: a picture of these rows does not decode.
+            IndexError: no such row. UserError: a picture of these rows does not decode, or a row is damaged otherwise.
         """
         files, places = self._open_shards()
         groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -109,7 +110,7 @@ class PairStore:
             group = (shard, row // ROW_GROUP)
             if group not in groups:
                 groups[group] = files[shard].read_row_group(group[1]).to_pylist()
-            rows.append(self._decoded(groups[group][row % ROW_GROUP], shard, row))
+            rows.append(self._read(groups[group][row % ROW_GROUP], shard, row, decode))
         return rows
 
     def conditions(self) -> list[dict[str, Any]]:
@@ -117,9 +118,9 @@ class PairStore:
         tables = [pq.read_table(path, columns=["condition"]) for path in self._shards_or_error()]
         return [condition_of(row["condition"]) for table in tables for row in table.to_pylist()]
 
-    def _decoded(self, stored: dict[str, Any], shard: int, row: int) -> dict[str, Any]:
+    def _read(self, stored: dict[str, Any], shard: int, row: int, decode: bool) -> dict[str, Any]:
         try:
-            return from_stored(stored)
+            return from_stored(stored, decoded=decode)
         except (ValueError, TypeError, KeyError) as error:
             problems = row_problems(stored) or [("row", str(error))]
             raise UserError(_place(self.shards()[shard].name, row, stored, problems[0])) from error

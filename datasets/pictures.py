@@ -22,29 +22,33 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def decode(content: bytes) -> Image.Image:
-    """An RGB picture, decoded to the last row, turned upright (EXIF), transparency laid on white.
+def decode(content: bytes | Image.Image) -> Image.Image:
+    """An RGB picture, decoded to the last row, turned upright (EXIF), transparency laid on white, 16-bit grey brought to 8. A
+    picture that is open already is brought to the same form.
 
     Raises:
         ValueError: the bytes are not a whole picture.
     """
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16"):  # Pillow would cut 16-bit grey off at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            if upright.has_transparency_data:
-                layer = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            return upright.convert("RGB")
+        opened = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+        opened.load()
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):  # Pillow would cut 16-bit grey off at 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.has_transparency_data:
+            layer = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        return upright.convert("RGB")
     except UnidentifiedImageError as error:
-        raise ValueError(f"not a picture in a format that can be read ({len(content)} bytes)") from error
+        size = f" ({len(content)} bytes)" if isinstance(content, bytes) else ""
+        raise ValueError(f"not a picture in a format that can be read{size}") from error
     except UNREADABLE as error:
         raise ValueError(f"a picture that does not decode: {error}") from error
 
 
-def fingerprint(image: Image.Image) -> str:
-    """SHA-256 of size and RGB pixels: equal exactly when the pictures are."""
-    rgb = image.convert("RGB")
+def fingerprint(content: bytes | Image.Image) -> str:
+    """SHA-256 of a picture's size and RGB pixels, equal exactly when the pictures are; or of a file's bytes, not decoded."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    rgb = content.convert("RGB")
     return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
@@ -53,6 +54,9 @@ class Panel:
         terms = zip(self.judges, self.weights, strict=True)
         self.name = " + ".join(judge.name if weight == 1 else f"{weight:g} {judge.name}" for judge, weight in terms)
         self.version = "+".join(judge.version for judge in self.judges)
+        terms = zip(self.judges, self.weights, strict=True)
+        self.parts = [part for judge, weight in terms if weight != 0 for part in parts(judge)]
+        """Names of the judges that have a say, without their weights."""
 
     def score(self, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]:
         """sum_j weight_j * score_j, a number for each output."""
@@ -100,6 +104,38 @@ def panel(specs: Sequence[JudgeSpec]) -> Judge:
     if len(judges) == 1 and specs[0].weight == 1:
         return judges[0]
     return Panel(judges, [spec.weight for spec in specs])
+
+
+def parts(judge: Judge) -> list[str]:
+    """The names, without weights, of the judges whose scores make up this one's: its own name unless it is a :class:`Panel`."""
+    return list(getattr(judge, "parts", [judge.name]))
+
+
+def checked_scores(
+    judge: Judge, conditions: Sequence[Any], outputs: Sequence[Any], *, seeds: Sequence[int] | None = None, where: str = ""
+) -> list[float]:
+    """The judge's scores, one finite number for each output.
+
+    Args:
+        conditions: condition i is what output i was made from; its "prompt" is named if the score is no number.
+        seeds: what the outputs were drawn with, for the message.
+        where: what the reader should know besides, for the end of the message ("finished shards are kept").
+
+    Raises:
+        UserError: another number of scores than outputs, or a score that is not finite.
+    """
+    name, after = f"the judge '{judge.name}' (version {judge.version})", f"; {where}" if where else ""
+    scores = [float(score) for score in judge.score(conditions, outputs)]
+    if len(scores) != len(outputs):
+        raise UserError(f"{name} gave {len(scores)} scores for {len(outputs)} outputs{after}")
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            seed = f", seed {seeds[index]}" if seeds is not None else ""
+            raise UserError(
+                f"{name} gave {score} for output {index}, prompt {conditions[index]['prompt']!r}{seed}; "
+                f"scores must be finite numbers{after}"
+            )
+    return scores
 
 
 def _maker(name: str) -> Any:

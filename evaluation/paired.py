@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from polyalign.core.adapter import Judge
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
 from polyalign.evaluation.image_statistics import IMAGE_STATISTICS
+from polyalign.evaluation.judges import checked_scores, parts
 from polyalign.evaluation.statistics import bootstrap_mean, paired_win_rate
 
 Statistics = Mapping[str, Callable[[Any], float]]
@@ -47,7 +47,8 @@ def evaluate_paired(
 
     Returns:
         The content of evaluation.json. Beyond the plain blocks: ``artefacts`` (:func:`compare_statistics`), in each arm its
-        ``scores`` and ``aligned_over_this``, and ``judge.broken_below`` where the judge has that attribute.
+        ``scores`` and ``aligned_over_this``, ``parts`` of every judge (:func:`polyalign.evaluation.judges.parts`), and
+        ``judge.broken_below`` and ``judge.right_from`` where the judge has those attributes.
 
     Raises:
         UserError: nothing to compare, lengths that differ, or a judge that returns something else than finite numbers.
@@ -58,7 +59,7 @@ def evaluate_paired(
         raise UserError("an evaluation needs at least one judge")
     first, *others = judges
     table = _Table(conditions, seed, tie_margin)
-    base, aligned = judged(first, conditions, base_outputs), judged(first, conditions, aligned_outputs)
+    base, aligned = checked_scores(first, conditions, base_outputs), checked_scores(first, conditions, aligned_outputs)
     report: dict[str, Any] = {
         "judge": _identity(first),
         "prompts": len(set(table.prompts)),
@@ -67,11 +68,12 @@ def evaluate_paired(
         "tasks": by_task(conditions, base, aligned),
         "other_judges": {},
         "items": _items(conditions, seeds, base, aligned, base_images, aligned_images),
-        "arms": {name: table.arm(name, judged(first, conditions, arms[name]), base, aligned) for name in arms},
+        "arms": {name: table.arm(name, checked_scores(first, conditions, arms[name]), base, aligned) for name in arms},
     }
     for judge in others:
-        scores = judged(judge, conditions, base_outputs), judged(judge, conditions, aligned_outputs)
-        report["other_judges"][judge.name] = replace(table, tie_margin=0.0).win_rate(*scores, judge.name)
+        scores = checked_scores(judge, conditions, base_outputs), checked_scores(judge, conditions, aligned_outputs)
+        rate = replace(table, tie_margin=0.0).win_rate(*scores, judge.name)
+        report["other_judges"][judge.name] = {**rate, "parts": parts(judge)}
     if artefacts is None:
         artefacts = IMAGE_STATISTICS if all(isinstance(o, Image.Image) for o in [*base_outputs, *aligned_outputs]) else {}
     if artefacts:
@@ -106,24 +108,6 @@ class _Table:
             "scores": self.mean(scores),
             "aligned_over_this": self.win_rate(scores, aligned, f"aligned over {name}"),
         }
-
-
-def judged(judge: Judge, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]:
-    """The judge's scores, checked.
-
-    Raises:
-        UserError: another number of scores than outputs, or a score that is not finite.
-    """
-    scores = [float(score) for score in judge.score(conditions, outputs)]
-    if len(scores) != len(outputs):
-        raise UserError(f"the judge '{judge.name}' gave {len(scores)} scores for {len(outputs)} outputs")
-    for index, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise UserError(
-                f"the judge '{judge.name}' gave {score} for output {index}, prompt {conditions[index]['prompt']!r}; "
-                "scores must be finite numbers"
-            )
-    return scores
 
 
 def by_task(
@@ -174,11 +158,13 @@ def _check_lengths(conditions: Sequence[Any], columns: Mapping[str, Sequence[Any
 
 
 def _identity(judge: Judge) -> dict[str, Any]:
-    """Name and version; ``broken_below`` is the score under which the judge calls an output broken, if it knows one."""
-    identity: dict[str, Any] = {"name": judge.name, "version": judge.version}
-    broken_below = getattr(judge, "broken_below", None)
-    if broken_below is not None:
-        identity["broken_below"] = float(broken_below)
+    """Name, version, ``parts`` (the unweighted names of all that have a say), and two scores where the judge knows them:
+    ``broken_below``, under which it calls an output broken, and ``right_from``, from which it calls one right."""
+    identity: dict[str, Any] = {"name": judge.name, "version": judge.version, "parts": parts(judge)}
+    for limit in ("broken_below", "right_from"):
+        value = getattr(judge, limit, None)
+        if value is not None:
+            identity[limit] = float(value)
     return identity
 
 

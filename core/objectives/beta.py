@@ -96,9 +96,14 @@ class AutoBeta:
     """beta that follows the training so that a typical pair's gradient factor sigmoid(-beta |h|) stays at a target g < 1/2.
 
     With m a running mean of |h|, h the log-ratio margin of a pair before beta, the effective beta is -logit(g) / m, clamped in
-    the convention it is stated in. An idea of SimpleTuner's Flow-DPO, where, in the half conventions, it reads
-    -2 logit(g) / m. Until ``warmup_steps`` updates have been seen the given value is kept. The algorithm owns it, and gathers
-    the margins of all processes first.
+    the convention it is stated in. An idea of SimpleTuner's Flow-DPO (bghira/SimpleTuner@bc8e6ab7), where, in the half
+    conventions, it reads -2 logit(g) / m. Until ``warmup_steps`` updates have been seen the given value is kept. The algorithm
+    owns it, and gathers the margins of all processes first.
+
+    The mean starts from nothing and is divided by the weight that its n values have together, 1 - decay^n, so that the small
+    margins of the first steps count no more than later ones. SimpleTuner takes the first value for the mean instead; so does
+    ``warmup_steps`` 0. Differences from it: that division, and that margins of exactly 0, which is what a fresh policy has, are
+    left out until there is another one. They say nothing of a typical pair, and beta would rise to its maximum.
     """
 
     def __init__(self, config: BetaConfig):
@@ -107,36 +112,41 @@ class AutoBeta:
         self.config = config.auto
         self.beta = Beta.of(config)
         self.updates = 0
-        self.mean_margin: float | None = None
+        self.running = 0.0
+        self.weight = 0.0
+
+    @property
+    def mean_margin(self) -> float | None:
+        """m; None before there is a margin."""
+        return self.running / self.weight if self.weight else None
 
     def update(self, log_ratio_margin: Tensor, unit: Unit) -> Beta:
         """Take in the log-ratio margins (any shape, before beta) of a step and return the beta for the next one.
 
-        A step whose margins are not finite changes nothing.
+        A step whose margins are not finite changes nothing, nor does one of zeros before any other.
         """
         size = float(log_ratio_margin.detach().to(torch.float64).abs().mean())
-        if not math.isfinite(size):
+        if not math.isfinite(size) or (size == 0.0 and not self.weight):
             return self.beta
-        decay = self.config.decay
-        self.mean_margin = size if self.mean_margin is None else decay * self.mean_margin + (1.0 - decay) * size
+        share = 1.0 - self.config.decay if self.weight or self.config.warmup_steps else 1.0
+        self.running += share * (size - self.running)
+        self.weight += share * (1.0 - self.weight)
         self.updates += 1
-        if self.updates > self.config.warmup_steps:
-            self.beta = self._aimed(self.mean_margin, unit)
+        if self.updates > self.config.warmup_steps and self.running > 0.0:
+            self.beta = self._aimed(self.running / self.weight, unit)
         return self.beta
 
     def _aimed(self, mean_margin: float, unit: Unit) -> Beta:
         target = self.config.target_gradient_factor
         aim = math.log((1.0 - target) / target)  # -logit(g)
         low, high = self.config.minimum, self.config.maximum
-        wanted = aim / (mean_margin * _factor(self.beta.convention, unit)) if mean_margin > 0.0 else high
+        wanted = aim / (mean_margin * _factor(self.beta.convention, unit))
         return Beta(min(max(wanted, low), high), self.beta.convention)
 
-    def state_dict(self) -> dict[str, float | int | None]:
-        return {"value": self.beta.value, "updates": self.updates, "mean_margin": self.mean_margin}
+    def state_dict(self) -> dict[str, float | int]:
+        return {"value": self.beta.value, "updates": self.updates, "running": self.running, "weight": self.weight}
 
-    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
-        value, updates, mean_margin = state["value"], state["updates"], state["mean_margin"]
-        assert value is not None and updates is not None
-        self.beta = Beta(float(value), self.beta.convention)
-        self.updates = int(updates)
-        self.mean_margin = None if mean_margin is None else float(mean_margin)
+    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        self.beta = Beta(float(state["value"]), self.beta.convention)
+        self.updates = int(state["updates"])
+        self.running, self.weight = float(state["running"]), float(state["weight"])

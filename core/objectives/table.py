@@ -52,7 +52,8 @@ class PreferenceParameters(Parameters):
     remains. Denoising models only; the publication uses 0.2 to 0.9. Null: off."""
 
     safeguard_scope: SafeguardScope = "batch"
-    """One scale for the micro-batch, as in the official code, or one for each `group`, independent of the batch."""
+    """`batch`: one scale for all pairs of a forward pass, as in the official code; needs train.micro_batch_size equal to
+    train.batch_size, and one process. `group`: one for each pair, which does not depend on how a batch is cut."""
 
 
 class DPO(PreferenceParameters):
@@ -244,8 +245,8 @@ _ROWS = (
         summary="DPO with a winner safeguard: the loser's gradient may not undo the winner's.",
         formula="-log sigma(beta h), loser's gradient times clip((1-mu)|g_w|^2/<g_w,g_l>, 0, 1) where <g_w,g_l> > 0",
         source="arXiv 2511.03317; AIDC-AI/Diffusion-SDPO@84fb241 train.py.",
-        differences="No constant 1e-9 in the denominator. The scale is of the micro-batch as in the official code, or of each "
-        "group (safeguard_scope), which makes the result independent of the batch's division.",
+        differences="No constant 1e-9 in the denominator. safeguard_scope batch: one scale for the whole batch, which then "
+        "cannot be cut (official: one for each micro-batch of each process); group: one for each pair.",
         parameters=SDPO,
         needs=VALUE | {"output_gradient"},
         build=lambda p: preference(p, "sdpo", Logistic(p.label_smoothing)),

@@ -177,10 +177,9 @@ def prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return chosen
 
 
-def random_spec(rng: random.Random, weights: Mapping[str, float] | None = None) -> Spec:
-    """One specification: the task evenly or by ``weights``, then evenly within it."""
-    task = rng.choice(TASKS) if weights is None else rng.choices(list(weights), weights=list(weights.values()))[0]
-    return rng.choice(_specifications_by_task()[task])
+def random_spec(rng: random.Random) -> Spec:
+    """One specification: the task evenly, then evenly within it."""
+    return rng.choice(_specifications_by_task()[rng.choice(TASKS)])
 
 
 @lru_cache(maxsize=1)
@@ -188,10 +187,10 @@ def _specifications_by_task() -> dict[str, list[Spec]]:
     return {task: list(_all_of(task)) for task in TASKS}
 
 
-def noisy_caption(spec: Spec, rng: random.Random, noise: Mapping[str, float] = CAPTION_NOISE) -> str:
-    """The caption of ``spec``, wrong with the probability of its task."""
+def noisy_caption(spec: Spec, rng: random.Random) -> str:
+    """The caption of ``spec``, wrong with the probability of its task (`CAPTION_NOISE`)."""
     opening = rng.choice(OPENINGS)
-    if rng.random() >= noise.get(spec.task, 0.0):
+    if rng.random() >= CAPTION_NOISE.get(spec.task, 0.0):
         return caption(spec, opening)
     if spec.task == "counting":
         count = rng.choice([number for number in NUMBERS.values() if number != len(spec.shapes)])
@@ -351,6 +350,7 @@ class ShapesJudge:
     name = "shapes"
     version = "1"
     broken_below = 0.0  # a lower score is a broken picture, not only a wrong one: the report counts these
+    right_from = 1.0  # from this score on the picture is right
 
     def verdict(self, condition: Mapping[str, Any], picture: Image.Image) -> Verdict:
         """Raises:

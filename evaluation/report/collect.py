@@ -36,6 +36,11 @@ class Metrics:
     def has(self, *names: str) -> bool:
         return all(name in self.columns for name in names)
 
+    @property
+    def telling_loss(self) -> str:
+        """The column to judge the loss by: its preference part where that is logged, since regularisers can drown it."""
+        return "loss/preference" if self.has("loss/preference") else "loss"
+
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values where the figure was logged and finite."""
         values = self.columns[name]

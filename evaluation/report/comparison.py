@@ -9,7 +9,17 @@ from polyalign.core.randomness import seed_of
 from polyalign.evaluation.report import charts, pictures
 from polyalign.evaluation.report.collect import ReportData
 from polyalign.evaluation.report.markup import foreign, note, number, signed, table, text
-from polyalign.evaluation.report.verdict import broken_counts, describe, is_better, is_worse, p_value, statistic_alarm
+from polyalign.evaluation.report.verdict import (
+    broken_counts,
+    counts,
+    deciding_statistics,
+    describe,
+    is_better,
+    is_worse,
+    only_statistics,
+    p_value,
+    statistic_alarm,
+)
 
 GRID_AT_MOST = 120
 FIRST_SHOWN = 12
@@ -53,13 +63,17 @@ def regressions(items: Sequence[Item]) -> list[Item]:
 def win_rates(evaluation: Mapping[str, Any]) -> str:
     """The deciding judge first, then the others and the arms, each with its interval and the line at one half."""
     judge = evaluation.get("judge") or {}
-    rows = [_win_row(f"{foreign(judge.get('name', 'judge'))}, the deciding judge", evaluation["win_rate"])]
+    statistics = bool(deciding_statistics(evaluation))
+    role = "a picture statistic" if statistics else "the deciding judge"
+    rows = [_win_row(f"{foreign(judge.get('name', 'judge'))}, {role}", evaluation["win_rate"], even=statistics)]
     for name, block in (evaluation.get("other_judges") or {}).items():
-        rows.append(_win_row(f"{foreign(name)}, another judge", block))
+        statistic = bool(only_statistics(name, block))
+        role = "a picture statistic" if statistic else "another judge"
+        rows.append(_win_row(f"{foreign(name)}, {role}", block, even=statistic))
     for name, arm in (evaluation.get("arms") or {}).items():
-        rows.append(_win_row(f"arm {foreign(name)} over the base", arm.get("win_rate", arm)))
+        rows.append(_win_row(f"arm {foreign(name)} over the base", arm.get("win_rate", arm), even=statistics))
         if "aligned_over_this" in arm:
-            rows.append(_win_row(f"aligned over arm {foreign(name)}", arm["aligned_over_this"]))
+            rows.append(_win_row(f"aligned over arm {foreign(name)}", arm["aligned_over_this"], even=statistics))
     scale = (
         '<div class="win scale-row"><div></div><div class="win-bar">'
         f"{charts.interval_scale()}</div><div></div></div>"
@@ -74,18 +88,44 @@ def win_rates(evaluation: Mapping[str, Any]) -> str:
     return (
         "<p>Both models drew the same prompts with the same seeds. A dot is the share of decided comparisons that were won, "
         "its bar the 95 % Wilson interval; a bar that stays right of the line at 0.5 is a win beyond chance.</p>"
-        f'<div class="wins">{"".join(rows)}{scale}</div>{_split_bar(rate)}{note(with_ties)}'
+        f'<div class="wins">{"".join(rows)}{scale}</div>{_split_bar(rate)}{note(with_ties)}{arms(evaluation)}'
     )
 
 
-def _win_row(label: str, block: Mapping[str, Any]) -> str:
+def arms(evaluation: Mapping[str, Any]) -> str:
+    """The aligned model and each further arm on the same prompts and seeds; empty if the run trained no arm."""
+    blocks = evaluation.get("arms") or {}
+    if not blocks:
+        return ""
+    scores = evaluation.get("scores") or {}
+    rows = [["aligned", *_tally(evaluation["win_rate"]), _mean(scores.get("aligned")), "\u2013"]]
+    for name, arm in blocks.items():
+        against = arm.get("aligned_over_this")
+        shown = f"{_tally(against)[0]}<br/>{counts(against)}" if against else "\u2013"
+        rows.append([foreign(name, 60), *_tally(arm.get("win_rate", arm)), _mean(arm.get("scores")), shown])
+    head = ["model", "win rate over the base", "comparisons", "mean score", "aligned against it"]
+    words = "Trained on the same pairs at the same cost, judged on the same prompts and seeds."
+    return f"<h3>Aligned and its arms</h3><p>{words}</p>{table(head, rows, numeric=(3,))}"
+
+
+def _tally(block: Mapping[str, Any]) -> list[str]:
     low, high = block["wilson"]
-    kind = "good" if is_better(block) else "bad" if is_worse(block) else "even"
+    return [f"<b>{block['rate']:.3f}</b> [{low:.3f}, {high:.3f}]", counts(block)]
+
+
+def _mean(block: Mapping[str, Any] | None) -> str:
+    return f"{block['mean']:.3f}" if block else "\u2013"
+
+
+def _win_row(label: str, block: Mapping[str, Any], *, even: bool) -> str:
+    """``even`` takes the colours of better and worse away, for what is no judge of quality."""
+    low, high = block["wilson"]
+    kind = "even" if even else "good" if is_better(block) else "bad" if is_worse(block) else "even"
     bar = charts.interval_row("win rate", low, block["rate"], high, colour=kind, says=describe(block))
     return (
         f'<div class="win"><div class="win-name">{label}</div><div class="win-bar">{bar}</div>'
         f'<div class="win-figures"><b>{block["rate"]:.3f}</b> <span>[{low:.3f}, {high:.3f}]</span> '
-        f"<span>{block['wins']} won, {block['losses']} lost, {block['ties']} tied, p = {p_value(block['sign_test_p'])}</span>"
+        f"<span>{counts(block)}, p = {p_value(block['sign_test_p'])}</span>"
         "</div></div>"
     )
 

@@ -18,7 +18,7 @@ from polyalign.evaluation.report.charts import interval_row, interval_scale
 from polyalign.evaluation.report.collect import ReportData, collect
 from polyalign.evaluation.report.markup import duration, figures, foreign, note, number, signed, text
 from polyalign.evaluation.report.readings import cautions, displacement
-from polyalign.evaluation.report.verdict import SENTENCES, THRESHOLDS, Verdict, decide, describe
+from polyalign.evaluation.report.verdict import THRESHOLDS, Verdict, decide, deciding_statistics, describe
 
 HERE = Path(__file__).parent
 
@@ -99,7 +99,7 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
         )
     absent = note("The run has no metrics.jsonl: no curves.")
     parts += [
-        ("curves", "Training", training.curves(metrics) if metrics else absent),
+        ("curves", "Training", training.curves(metrics, data.config.get("objective")) if metrics else absent),
         ("timesteps", "Margins by timestep", training.timesteps(metrics) if metrics else absent),
         ("data", "Data card", training.data_card(data)),
         ("recipe", "Changed from the recipe", training.recipe(data)),
@@ -160,7 +160,7 @@ def _head(data: ReportData, verdict: Verdict) -> str:
     return (
         f'<section class="verdict {kind}" aria-labelledby="verdict-title">'
         f'<h1 id="verdict-title">{text(verdict.state.capitalize())}</h1>'
-        f'<p class="sentence">{text(SENTENCES[verdict.state])}</p>{_head_bar(data.evaluation)}{figures(_key_figures(data))}'
+        f'<p class="sentence">{foreign(verdict.sentence, 600)}</p>{_head_bar(data.evaluation)}{figures(_key_figures(data))}'
         f'<p class="rule"><b>The rule that fired: {text(verdict.rule.name)}.</b> It fires when {text(verdict.rule.says, 600)}. '
         f"Found: {foreign(verdict.rule.found, 600)}.</p>{_all_rules(verdict)}</section>"
         + (f'<aside class="cautions"><h2>Keep in mind</h2><ul>{notes}</ul></aside>' if notes else "")
@@ -174,7 +174,8 @@ def _head_bar(evaluation: Mapping[str, Any] | None) -> str:
     rate = evaluation["win_rate"]
     low, high = rate["wilson"]
     bar = interval_row("win rate over the base", low, rate["rate"], high, colour="head", says=describe(rate))
-    words = '<p class="scale-words"><span>base better</span><span>aligned better</span></p>'
+    said = "scores more" if deciding_statistics(evaluation) else "better"
+    words = f'<p class="scale-words"><span>base {said}</span><span>aligned {said}</span></p>'
     return f'<div class="head-bar">{bar}{interval_scale()}{words}</div>'
 
 
@@ -183,8 +184,11 @@ def _key_figures(data: ReportData) -> list[tuple[str, str, str]]:
     if data.evaluation:
         rate, scores = data.evaluation["win_rate"], data.evaluation.get("scores") or {}
         low, high = rate["wilson"]
-        cells.append(("win rate", f"{100 * rate['rate']:.1f} %", f"95 % interval {100 * low:.1f} to {100 * high:.1f}"))
-        cells.append(("won / lost", f"{rate['wins']} / {rate['losses']}", f"{rate['ties']} tied"))
+        decided = rate["wins"] + rate["losses"]
+        remark = f"of {decided} decided, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        cells.append(("win rate", f"{100 * rate['rate']:.1f} %", remark))
+        tally = f"{rate['wins']} / {rate['losses']} / {rate['ties']}"
+        cells.append(("won / lost / tied", tally, f"of {decided + rate['ties']} comparisons"))
         if "base" in scores and "aligned" in scores:
             before, after = scores["base"]["mean"], scores["aligned"]["mean"]
             cells.append(("mean score", f"{number(before)} \u2192 {number(after)}", signed(after - before)))
@@ -199,8 +203,9 @@ def _key_figures(data: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _loss_words(data: ReportData) -> str:
-    last = data.metrics.last_tenth("loss") if data.metrics else None
-    return "no finite loss" if last is None else f"loss at the end {number(last)}"
+    name = data.metrics.telling_loss if data.metrics else "loss"
+    last = data.metrics.last_tenth(name) if data.metrics else None
+    return "no finite loss" if last is None else f"{name} at the end {number(last)}"
 
 
 def _all_rules(verdict: Verdict) -> str:

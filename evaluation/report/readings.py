@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from polyalign.evaluation.report.collect import Metrics, ReportData
-from polyalign.evaluation.report.verdict import is_better, is_worse
+from polyalign.evaluation.report.verdict import deciding_statistics, is_better, is_worse
 
 Movement = Literal["rose", "fell", "stayed"]
 
@@ -146,15 +146,32 @@ def _change(metrics: Metrics, side: str) -> Change | None:
     return Change(float(values.mean()), spread)
 
 
-def loss_reading(metrics: Metrics) -> str:
-    """What the loss did between its first and last tenth."""
-    first, last = metrics.first_tenth("loss"), metrics.last_tenth("loss")
+def loss_reading(metrics: Metrics, name: str = "loss") -> str:
+    """What the loss, or the part of it with that name, did between its first and last tenth."""
+    first, last = metrics.first_tenth(name), metrics.last_tenth(name)
     if first is None or last is None:
         return "No finite loss was logged."
     change = f"{first:.3f} in the first tenth, {last:.3f} in the last"
     if last > 1.02 * first:
         return f"It rose: {change}."
     return f"It fell: {change}." if last < 0.98 * first else f"It hardly moved: {change}."
+
+
+def regulariser_reading(objective: object, metrics: Metrics) -> str:
+    """What the loss's level says where the recipe adds an anchor or SFT to the preference; empty where it adds neither."""
+    if not isinstance(objective, Mapping):
+        return ""
+    known = (("anchor", "the winner anchor"), ("sft", "added SFT"))
+    weights = [(what, key, objective.get(key)) for key, what in known]
+    added = [f"{what} ({key} {weight:g})" for what, key, weight in weights if isinstance(weight, int | float) and weight > 0]
+    if not added:
+        return ""
+    drawn = metrics.has("loss/preference")
+    telling = "The preference part is drawn by itself." if drawn else "Read accuracy and margin instead."
+    return (
+        f"It includes {' and '.join(added)}: a multiple of the chosen outputs' error, which is there before anything is "
+        f"learnt and can be far larger than the preference's part. Its level says nothing about the preference. {telling}"
+    )
 
 
 def accuracy_reading(metrics: Metrics) -> str:
@@ -182,7 +199,8 @@ def cautions(data: ReportData) -> list[str]:
 
 def _evaluation_cautions(evaluation: Mapping[str, Any]) -> list[str]:
     found = []
-    for name, arm in (evaluation.get("arms") or {}).items():
+    arms = {} if deciding_statistics(evaluation) else evaluation.get("arms") or {}
+    for name, arm in arms.items():
         against = arm.get("aligned_over_this")
         if against and not is_better(against):
             place = "measurably ahead" if is_worse(against) else "not measurably behind"

@@ -17,6 +17,7 @@ from polyalign.evaluation.report.readings import (
     accuracy_reading,
     displacement,
     loss_reading,
+    regulariser_reading,
     relative_error,
     weight_reading,
 )
@@ -27,11 +28,14 @@ ENVIRONMENT_ROWS = 80
 CHANGES_SHOWN = 80
 
 
-def curves(metrics: Metrics) -> str:
-    """The errors of both sides first, with their reading, then a chart for each figure of the objective."""
+def curves(metrics: Metrics, objective: object = None) -> str:
+    """The errors of both sides first, with their reading, then a chart for each figure of the objective.
+
+    ``objective`` is the recipe's section, which says what the loss is made of.
+    """
     parts = [_errors(metrics)]
-    cells = [
-        _single(metrics, "loss", "Loss", "loss", loss_reading(metrics), None),
+    cells = [*_losses(metrics, objective)]
+    cells += [
         _single(metrics, "rewards/accuracies", "Accuracy", "share of pairs", accuracy_reading(metrics), (0.5, "coin")),
         _single(metrics, "rewards/margins", "Margin", "reward difference", _margin_reading(metrics), (0.0, "")),
         _single(
@@ -57,6 +61,16 @@ def curves(metrics: Metrics) -> str:
     return "".join(parts)
 
 
+def _losses(metrics: Metrics, objective: object) -> list[tuple[str, str]]:
+    """The loss with what its level is worth, and before it the preference part where that was logged."""
+    said = f"{loss_reading(metrics)} {regulariser_reading(objective, metrics)}".strip()
+    cells = [_single(metrics, "loss", "Loss", "loss", said, None)]
+    if metrics.has("loss/preference"):
+        words = loss_reading(metrics, "loss/preference")
+        cells.insert(0, _single(metrics, "loss/preference", "Preference part of the loss", "loss", words, None))
+    return cells
+
+
 def _single(
     metrics: Metrics, name: str, title: str, y_label: str, says: str, level: tuple[float, str] | None, *, smooth: bool = True
 ) -> tuple[str, str]:
@@ -67,7 +81,7 @@ def _single(
     drawing = charts.line_chart(
         name.replace("/", "-"), [line], x_label="optimiser step", y_label=y_label, level=level, smooth=smooth
     )
-    return title.lower(), f'<figure class="panel"><h3>{title}</h3>{drawing}<figcaption>{text(says)}</figcaption></figure>'
+    return title.lower(), f'<figure class="panel"><h3>{title}</h3>{drawing}<figcaption>{text(says, 600)}</figcaption></figure>'
 
 
 def _errors(metrics: Metrics) -> str:

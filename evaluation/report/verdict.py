@@ -7,6 +7,7 @@ outputs are measurably worse is not called improved.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,12 +89,44 @@ def decide(data: ReportData, thresholds: Thresholds = THRESHOLDS) -> Verdict:
     """Ask all rules and take the first that fires; the last always does."""
     rules = ask(data, thresholds)
     rule = next(rule for rule in rules if rule.fired)
-    return Verdict(state=rule.state, rule=rule, sentence=SENTENCES[rule.state], rules=rules)
+    return Verdict(state=rule.state, rule=rule, sentence=_sentence(rule.state, data.evaluation), rules=rules)
+
+
+def _sentence(state: State, evaluation: Mapping[str, Any] | None) -> str:
+    """The state's sentence with what was won, lost and tied, so that a rate of few decided pairs is seen as one."""
+    statistics = deciding_statistics(evaluation)
+    if state == "not evaluated" and statistics:
+        return (
+            f"The deciding judge is only a picture statistic ({', '.join(statistics)}). A statistic is no judge of quality, so "
+            "nothing is claimed about the outputs."
+        )
+    rate = evaluation.get("win_rate") if evaluation else None
+    return f"{SENTENCES[state]} Against the base: {counts(rate)}." if rate and not statistics else SENTENCES[state]
+
+
+def only_statistics(name: str, block: Mapping[str, Any]) -> list[str]:
+    """The picture statistics that a judge is made of, if it is made of nothing else; otherwise an empty list.
+
+    ``block`` is the judge's identity or win rate; without ``parts`` (evaluations of older versions) the parts are read from
+    the name, in which a panel writes "-1 high_frequency + clipping".
+    """
+    parts = block.get("parts")
+    if parts is None:
+        parts = [re.sub(r"^[-+.\de]+ ", "", term) for term in name.split(" + ")]
+    return list(parts) if all(part in IMAGE_STATISTICS for part in parts) else []
+
+
+def deciding_statistics(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """:func:`only_statistics` of the judge that decides; empty without an evaluation."""
+    judge = evaluation.get("judge") if evaluation else None
+    return only_statistics(str(judge.get("name", "")), judge) if isinstance(judge, Mapping) else []
 
 
 def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
     """Every rule in order, with the numbers of this run."""
-    rate = data.evaluation.get("win_rate") if data.evaluation else None
+    statistics = deciding_statistics(data.evaluation)
+    rate = data.evaluation.get("win_rate") if data.evaluation and not statistics else None
+    found = describe(rate) if rate else "no judge but picture statistics" if statistics else "no evaluation"
     better = is_better(rate, limits) if rate else None
     worse = is_worse(rate, limits) if rate else None
     return [
@@ -105,19 +138,22 @@ def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
         _statistics(data, worse, limits),
         _broken(data, worse, limits),
         Rule(
+            "only statistics",
+            "not evaluated",
+            "the deciding judge is made of picture statistics alone: they measure a picture and are no judge of its quality",
+            f"decided by {', '.join(statistics)}" if statistics else "a judge" if rate else "no evaluation",
+            bool(statistics) if data.evaluation else None,
+        ),
+        Rule(
             "better than the base",
             "improved",
             "the 95 % intervals of the win rate (Wilson over decided pairs, bootstrap over prompts) lie above 0.5 and the "
             f"sign test gives p < {limits.significance:g}",
-            describe(rate) if rate else "no evaluation",
+            found,
             better,
         ),
         Rule(
-            "no difference beyond chance",
-            "no change",
-            "an evaluation exists and no rule above fired",
-            describe(rate) if rate else "no evaluation",
-            rate is not None,
+            "no difference beyond chance", "no change", "an evaluation exists and no rule above fired", found, rate is not None
         ),
         Rule(
             "nothing to judge by", "not evaluated", "the run has no evaluation and no rule above fired", "no evaluation", True
@@ -135,13 +171,15 @@ def is_worse(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
     return rate["wilson"][1] < 0.5 and rate["bootstrap"][1] < 0.5 and rate["sign_test_p"] < limits.significance
 
 
+def counts(rate: Mapping[str, Any]) -> str:
+    """What was won, lost and tied."""
+    return f"{rate['wins']} won, {rate['losses']} lost, {rate['ties']} tied"
+
+
 def describe(rate: Mapping[str, Any]) -> str:
     """A win rate in words and numbers."""
     low, high = rate["wilson"]
-    return (
-        f"{rate['wins']} won, {rate['losses']} lost, {rate['ties']} tied; win rate {rate['rate']:.3f}, "
-        f"interval {low:.3f} to {high:.3f}, p = {p_value(rate['sign_test_p'])}"
-    )
+    return f"{counts(rate)}; win rate {rate['rate']:.3f}, interval {low:.3f} to {high:.3f}, p = {p_value(rate['sign_test_p'])}"
 
 
 def p_value(p: float) -> str:
@@ -170,16 +208,17 @@ def _not_finite(metrics: Metrics | None) -> Rule:
 
 def _runaway(metrics: Metrics | None, better: bool | None, limits: Thresholds) -> Rule:
     says = (
-        f"the loss ends at {limits.loss_growth:g} times its start or more, or the chosen outputs' error at "
-        f"{limits.error_growth:g} times the reference's, and the judge does not find the outputs better"
+        f"the loss (its preference part, if logged) ends at {limits.loss_growth:g} times its start or more, or the chosen "
+        f"outputs' error at {limits.error_growth:g} times the reference's, and the judge does not find the outputs better"
     )
-    first, last = (metrics.first_tenth("loss"), metrics.last_tenth("loss")) if metrics else (None, None)
+    loss = metrics.telling_loss if metrics else "loss"
+    first, last = (metrics.first_tenth(loss), metrics.last_tenth(loss)) if metrics else (None, None)
     ratio = error_ratio(metrics)
     if metrics is None or first is None or last is None:
         return Rule("training ran away", "diverged", says, "no metrics", None)
     if len(metrics.steps) < limits.least_steps:
         return Rule("training ran away", "diverged", says, f"only {len(metrics.steps)} steps were logged", None)
-    found = f"loss {first:.3f} at the start, {last:.3f} at the end"
+    found = f"{loss} {first:.3f} at the start, {last:.3f} at the end"
     found += f"; chosen error {ratio:.2f} times the reference's" if ratio is not None else "; no errors logged"
     grew = (first > 0 and last >= limits.loss_growth * first) or (ratio is not None and ratio >= limits.error_growth)
     if grew and better:
@@ -209,13 +248,13 @@ def _worse_learnt(metrics: Metrics | None, rate: Any, worse: bool | None, limits
 
 def _accuracy_and_rate(accuracy: float | None, rate: Any) -> str:
     learnt = "accuracy not logged" if accuracy is None else f"training accuracy {accuracy:.2f} at the end"
-    return f"{learnt}; {describe(rate)}" if rate else f"{learnt}; no evaluation"
+    return f"{learnt}; {describe(rate)}" if rate else f"{learnt}; no comparison by a judge"
 
 
 def _second_judge(data: ReportData, better: bool | None, limits: Thresholds) -> Rule:
     says = "the deciding judge finds the outputs better, and another judge finds them worse beyond chance"
     others = data.evaluation.get("other_judges") or {} if data.evaluation else {}
-    others = {name: block for name, block in others.items() if name not in IMAGE_STATISTICS}
+    others = {name: block for name, block in others.items() if not only_statistics(name, block)}
     if better is None or not others:
         return Rule("a second judge disagrees", "over-optimised", says, "no second judge", None)
     against = [name for name, block in others.items() if is_worse(block, limits)]

@@ -22,6 +22,7 @@ from polyalign.core.likelihood.denoising import Draws, denoising_scores, draw, r
 from polyalign.core.randomness import rng
 from polyalign.core.references import adapters_off
 from polyalign.core.scores import Scores
+from polyalign.datasets.pictures import fingerprint
 from polyalign.modalities.image import export, latents, loading, lora, pictures, sampling, text
 from polyalign.modalities.image.cache import ContentCache
 from polyalign.modalities.image.micro_conditioning import time_ids
@@ -191,7 +192,7 @@ class ImageAdapter:
             entry = make()  # a new cut every step: nothing to keep
         else:
             vae = model.parts["vae"]
-            entry = self.cache.get(("vae", model.identity, str(vae.dtype), pictures.fingerprint(content), str(view)), make)
+            entry = self.cache.get(("vae", model.identity, str(vae.dtype), fingerprint(content), str(view)), make)
         latent = entry["mean"]
         if settings.posterior == "sample":
             generator = rng(settings.seed, "posterior", pair_id, column, step)

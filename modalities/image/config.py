@@ -5,13 +5,17 @@ Nothing here imports diffusers or loads a model, so that ``explain`` and ``--dry
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from polyalign.core.config import Section
 from polyalign.core.objectives.table import DPO, ObjectiveSpec
 from polyalign.core.recipe import Fraction, JudgeConfig, PairingConfig, ReportConfig, TrackingConfig, TrainSettings
+
+ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
+"""Names of arms, which are also names of folders on every system."""
 
 
 class LoraConfig(Section):
@@ -258,7 +262,8 @@ class ImageRecipe(Section):
     """The training loop."""
 
     arms: dict[str, ObjectiveSpec] = {}
-    """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`."""
+    """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`. An arm's
+    name is also its folder's: small letters, digits, - and _."""
 
     evaluate: EvaluateConfig
     """Base against aligned."""
@@ -268,3 +273,11 @@ class ImageRecipe(Section):
 
     tracking: TrackingConfig = TrackingConfig()
     """Where the figures go besides metrics.jsonl."""
+
+    @field_validator("arms")
+    @classmethod
+    def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
+        for name in arms:
+            if not ARM.fullmatch(name):
+                raise ValueError(f"the name {name!r} is no folder's: take a-z, 0-9, - and _, a letter or digit first")
+        return arms

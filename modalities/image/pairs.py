@@ -30,6 +30,7 @@ from polyalign.datasets.files import remove_unfinished
 from polyalign.datasets.pairing import Mode, Paired, histogram, pair_up
 from polyalign.datasets.pairs import PairStore, table_bytes
 from polyalign.datasets.pictures import fingerprint
+from polyalign.evaluation.judges import checked_scores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -213,7 +214,7 @@ class _Generation:
         conditions = [self.conditions[prompt] for prompt, _ in places]
         seeds = [seed_of(self.seed, "sample", prompt, number) for prompt, number in places]
         pictures = self.sampled(conditions, seeds)
-        scores = self.judged(conditions, pictures, seeds)
+        scores = checked_scores(self.judge, conditions, pictures, seeds=seeds, where="finished shards are kept")
         samples = [
             Sample(prompt, number, self.conditions[prompt]["prompt"], seed, score, fingerprint(picture))
             for (prompt, number), seed, score, picture in zip(places, seeds, scores, pictures, strict=True)
@@ -235,19 +236,6 @@ class _Generation:
                 raise ValueError(f"the adapter gave {len(made)} samples for {len(seeds[part])} seeds")
             pictures += made
         return pictures
-
-    def judged(self, conditions: Sequence[Condition], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[float]:
-        name = self.judge.name
-        scores = [float(score) for score in self.judge.score(conditions, pictures)]
-        if len(scores) != len(pictures):
-            raise ValueError(f"judge '{name}' gave {len(scores)} scores for {len(pictures)} pictures")
-        for score, condition, seed in zip(scores, conditions, seeds, strict=True):
-            if not math.isfinite(score):
-                raise UserError(
-                    f"judge '{name}' (version {self.judge.version}) gave {score} to the sample of {condition['prompt']!r} with "
-                    f"seed {seed}. Scores must be finite numbers; finished shards are kept"
-                )
-        return scores
 
     def rows(self, samples: Sequence[Sample], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Rows of the pair store from the samples of one prompt."""

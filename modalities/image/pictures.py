@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +14,7 @@ from torch import Tensor
 
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng
-
-# What Pillow raises on damaged files, by format and by kind of damage.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+from polyalign.datasets.pictures import decode as decode_picture
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,8 @@ def view_of(pair_id: str, step: int, *, seed: int, resolution: int, crop: Litera
 
 
 def content_of(picture: Any, *, where: str) -> bytes | Image.Image:
-    """The picture's own content from any form a row may have: a picture, bytes, a path, or the store's {bytes, path} struct.
+    """The picture's own content from any form a row may have: the bytes of a file, not yet decoded, if it is bytes, a path or
+    the store's {bytes, path} struct; an upright RGB picture if it is a picture.
 
     Raises:
         UserError: there is no picture at ``where``.
@@ -60,37 +55,21 @@ def content_of(picture: Any, *, where: str) -> bytes | Image.Image:
             f"{where}: expected a picture (bytes, a path or a PIL image), found {type(picture).__name__}. "
             "Drop the row or give the picture."
         )
-    return picture
-
-
-def fingerprint(content: bytes | Image.Image) -> str:
-    """SHA-256 of a picture's content: of the file's bytes, or of the pixels."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha256(f"{content.mode}{content.size}".encode() + content.tobytes()).hexdigest()
+    return picture if isinstance(picture, bytes) else decode(picture, where=where)
 
 
 def decode(content: bytes | Image.Image, *, where: str) -> Image.Image:
-    """The picture as RGB, upright by its EXIF orientation, transparency on white, 16-bit grey brought to 8.
+    """The picture as :func:`polyalign.datasets.pictures.decode` gives it.
 
     Raises:
         UserError: the file is truncated, damaged, or no picture; ``where`` names the pair and the column.
     """
     try:
-        picture = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
-        picture.load()
-        picture = ImageOps.exif_transpose(picture)
-    except BROKEN as error:
+        return decode_picture(content)
+    except ValueError as error:
         raise UserError(
             f"{where}: the picture cannot be decoded ({error}). It is truncated or damaged; replace it or drop the row."
         ) from error
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture)
-    return picture.convert("RGB")
 
 
 def cut(picture: Image.Image, view: View) -> tuple[Image.Image, tuple[int, int]]:

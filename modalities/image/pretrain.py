@@ -16,8 +16,10 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,13 @@ from diffusers import StableDiffusionXLPipeline
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from polyalign.core.environment import without_folders
+from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng
 from polyalign.modalities.image import tiny_architecture as tiny
 from polyalign.modalities.image.pretrain_data import Drawings, Shapes, Source
+
+MODULE = "polyalign.modalities.image.pretrain"
 
 
 @dataclass(frozen=True)
@@ -60,17 +66,43 @@ def rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-class Stage:
-    """One network's training: AdamW, an average of the weights, and a state on disk that makes a killed run go on."""
+@dataclass(frozen=True)
+class Work:
+    """Where the states of a run lie, and what a state must have been made with to be gone on from."""
 
-    def __init__(self, name: str, network: nn.Module, *, steps: int, peak: float, settings: Settings, folder: Path):
+    folder: Path
+    made_with: dict[str, Any]
+
+    def refuse_other(self, file: Path, found: dict[str, Any] | None) -> None:
+        """Raises UserError if a state was made with other settings or from other pictures, or does not say with which."""
+        aside = f"Move the folder {self.folder} away to start anew, or give another FOLDER"
+        if found is None:
+            raise UserError(f"{file}: does not say what it was made with (it is of an earlier version). {aside}")
+        changed = [
+            f"{name} was {found.get(name)}, now {self.made_with.get(name)}"
+            for name in dict.fromkeys([*self.made_with, *found])
+            if found.get(name) != self.made_with.get(name)
+        ]
+        if changed:
+            raise UserError(f"{file}: is of another run, which this one cannot go on from: {'; '.join(changed)}. {aside}")
+
+
+class Stage:
+    """One network's training: AdamW, an average of the weights, and a state on disk that makes a killed run go on.
+
+    Raises:
+        UserError: the state on disk is of another run.
+    """
+
+    def __init__(self, name: str, network: nn.Module, *, steps: int, peak: float, settings: Settings, work: Work):
         self.name, self.network, self.steps, self.peak, self.settings = name, network, steps, peak, settings
-        self.file = folder / f"{name}.state.pt"
+        self.work, self.file = work, work.folder / f"{name}.state.pt"
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
         self.average = {key: value.clone() for key, value in network.state_dict().items()}
         self.start = 0
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
+            work.refuse_other(self.file, state.get("made_with"))
             network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.start = state["average"], state["step"]
@@ -108,6 +140,7 @@ class Stage:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "step": step,
+            "made_with": self.work.made_with,
         }
         temporary = self.file.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -118,10 +151,10 @@ def indices_of(step: int, batch: int, settings: Settings, purpose: str) -> Tenso
     return torch.randint(settings.pictures, (batch,), generator=rng(settings.seed, purpose, step))
 
 
-def train_autoencoder(pipeline: StableDiffusionXLPipeline, pictures: Tensor, settings: Settings, folder: Path) -> None:
+def train_autoencoder(pipeline: StableDiffusionXLPipeline, pictures: Tensor, settings: Settings, work: Work) -> None:
     vae = pipeline.vae
     stage = Stage(
-        "autoencoder", vae, steps=settings.autoencoder_steps, peak=settings.autoencoder_rate, settings=settings, folder=folder
+        "autoencoder", vae, steps=settings.autoencoder_steps, peak=settings.autoencoder_rate, settings=settings, work=work
     )
 
     def loss_of(step: int) -> Tensor:
@@ -163,7 +196,7 @@ def tokenise(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> Tensor
 
 
 def train_denoiser(
-    pipeline: StableDiffusionXLPipeline, latents: Tensor, captions: list[str], source: Source, settings: Settings, folder: Path
+    pipeline: StableDiffusionXLPipeline, latents: Tensor, captions: list[str], source: Source, settings: Settings, work: Work
 ) -> None:
     together = nn.ModuleDict(
         {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
@@ -172,7 +205,7 @@ def train_denoiser(
     signal = pipeline.scheduler.alphas_cumprod
     size = torch.tensor([[tiny.PIXELS, tiny.PIXELS, 0, 0, tiny.PIXELS, tiny.PIXELS]], dtype=torch.float32)
     stage = Stage(
-        "denoiser", together, steps=settings.denoiser_steps, peak=settings.denoiser_rate, settings=settings, folder=folder
+        "denoiser", together, steps=settings.denoiser_steps, peak=settings.denoiser_rate, settings=settings, work=work
     )
 
     def loss_of(step: int) -> Tensor:
@@ -221,6 +254,13 @@ def measure(pipeline: StableDiffusionXLPipeline, source: Source, settings: Setti
     return source.figures(conditions, pictures)
 
 
+def learnt_from(source: Source, pictures: Tensor, captions: Sequence[str]) -> dict[str, str]:
+    """The source's name, and the hash of the pictures, captions and words that are learnt from it."""
+    sha = hashlib.sha256(json.dumps([list(pictures.shape), source.words(), list(captions)]).encode())
+    sha.update(pictures.contiguous().numpy())
+    return {"source": type(source).__name__, "source_sha256": sha.hexdigest()}
+
+
 def digest(folder: Path) -> str:
     """SHA-256 over the weight files, in the order of their names."""
     sha = hashlib.sha256()
@@ -229,7 +269,8 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the base goes; the states of a run that goes on lie in FOLDER.work")
     parser.add_argument(
@@ -238,23 +279,33 @@ def main() -> None:
     for name in ("autoencoder_steps", "denoiser_steps", "pictures"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name))
     parser.add_argument("--threads", type=int, default=1)
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
     torch.set_num_threads(options.pop("threads"))
     folder, drawings = options.pop("folder"), options.pop("drawings")
-    source = Shapes() if drawings is None else Drawings(drawings)
-    record = pretrain(folder, source, Settings(**options))
+    try:
+        source = Shapes() if drawings is None else Drawings(drawings)
+        record = pretrain(folder, source, Settings(**options), arguments)
+    except UserError as error:
+        print(f"pretrain: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     print(json.dumps(record, indent=2))
     reason = source.unfit(record["figures"])
     if reason is not None:
         raise SystemExit(f"this base is not fit to be aligned: {reason}")
 
 
-def pretrain(folder: Path, source: Source, settings: Settings) -> dict[str, Any]:
-    """Train a base and write it to ``folder`` with ``base.json``, its record, which is returned."""
-    started, work = time.time(), folder.with_suffix(".work")
-    work.mkdir(parents=True, exist_ok=True)
+def pretrain(folder: Path, source: Source, settings: Settings, options: Sequence[str] = ("FOLDER",)) -> dict[str, Any]:
+    """Train a base and write it to ``folder`` with ``base.json``, its record, which is returned. ``options`` are the words of
+    the command line, for the record.
+
+    Raises:
+        UserError: the states in ``FOLDER.work`` are of a run with other settings or another source.
+    """
+    started = time.time()
     pipeline = tiny.build(source.words(), settings.seed)
     pictures, captions = source.pictures(settings.pictures, settings.seed)
+    work = Work(folder.with_suffix(".work"), {**asdict(settings), **learnt_from(source, pictures, captions)})
+    work.folder.mkdir(parents=True, exist_ok=True)
     train_autoencoder(pipeline, pictures, settings, work)
     train_denoiser(pipeline, encode(pipeline, pictures), captions, source, settings, work)
     pipeline.to(torch.float16).save_pretrained(folder)
@@ -268,7 +319,7 @@ def pretrain(folder: Path, source: Source, settings: Settings) -> dict[str, Any]
         "figures": measure(kept, source, settings, count=600),
         "seconds_of_the_last_run": round(time.time() - started),
         "torch": torch.__version__,
-        "command": "python -m polyalign.modalities.image.pretrain FOLDER",
+        "command": shlex.join(["python", "-m", MODULE, *map(without_folders, options)]),
     }
     (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
     return record

@@ -23,16 +23,12 @@ from polyalign.datasets.worlds import shapes
 
 SHIFT = 2  # pixels to either side by which a drawing is moved, so that few drawings make many pictures
 Condition = dict[str, Any]
-# The second pass, as real models get one, is on better captions and on more of what is hard: relations and bound colours. On
-# the first pass's captions alone the base draws clean objects and hardly knows left from right.
-REFINED_TASKS = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 3, "color_attr": 3}
-REFINED_NOISE = {task: share / 3 for task, share in shapes.CAPTION_NOISE.items()}
 
 
 class Source(Protocol):
     """Pictures with captions, the words they use, and how to tell what a base has learnt of them."""
 
-    def pictures(self, count: int, seed: int, *, refined: bool = False) -> tuple[Tensor, list[str]]:
+    def pictures(self, count: int, seed: int) -> tuple[Tensor, list[str]]:
         """(N, 3, 32, 32) in [-1, 1], and N captions."""
         ...
 
@@ -50,14 +46,13 @@ class Source(Protocol):
 class Shapes:
     """The world `shapes`, some of its captions wrong (`shapes.CAPTION_NOISE`)."""
 
-    def pictures(self, count: int, seed: int, *, refined: bool = False) -> tuple[Tensor, list[str]]:
-        draws = random.Random(seed_of(seed, "refined pictures" if refined else "pictures"))
-        weights, noise = (REFINED_TASKS, REFINED_NOISE) if refined else (None, shapes.CAPTION_NOISE)
+    def pictures(self, count: int, seed: int) -> tuple[Tensor, list[str]]:
+        draws = random.Random(seed_of(seed, "pictures"))
         found, captions = [], []
         for _ in range(count):
-            spec = shapes.random_spec(draws, weights)
+            spec = shapes.random_spec(draws)
             found.append(shapes.draw(shapes.arrange(spec, draws)))
-            captions.append(shapes.noisy_caption(spec, draws, noise))
+            captions.append(shapes.noisy_caption(spec, draws))
         return as_tensor(found), captions
 
     def words(self) -> list[str]:
@@ -104,8 +99,8 @@ class Drawings:
         if strange:
             raise UserError(f"{self.folder}: this base's tokenizer knows ASCII letters only; found the caption {strange[0]!r}")
 
-    def pictures(self, count: int, seed: int, *, refined: bool = False) -> tuple[Tensor, list[str]]:
-        draws = random.Random(seed_of(seed, "refined pictures" if refined else "pictures"))
+    def pictures(self, count: int, seed: int) -> tuple[Tensor, list[str]]:
+        draws = random.Random(seed_of(seed, "pictures"))
         found, captions = [], []
         for _ in range(count):
             caption, drawing = draws.choice(self.drawn)

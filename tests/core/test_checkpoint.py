@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
 import resource
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from polyalign.core import checkpoint
 from polyalign.core.errors import UserError
+from polyalign.core.files import set_aside
 
 
 def save(root: Path, step: int, *, keep: int = 2, elements: int = 6, **algorithm: Any) -> Path:
@@ -29,6 +30,11 @@ def save(root: Path, step: int, *, keep: int = 2, elements: int = 6, **algorithm
         identity={"train": {"steps": 3}},
         keep=keep,
     )
+
+
+def change_state(folder: Path, **changes: Any) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | changes))
 
 
 def test_everything_comes_back_and_old_ones_go(tmp_path: Path) -> None:
@@ -66,6 +72,38 @@ def test_incomplete_ones_are_passed_over(tmp_path: Path, damage: str) -> None:
         folder.rename(folder.with_name(folder.name + checkpoint.PARTIAL))
     latest = checkpoint.latest(tmp_path)
     assert latest is not None and latest.step == 1
+    said = {
+        "no state": "state.json is missing",
+        "torn state": "state.json is damaged",
+        "missing": "policy.safetensors is missing",
+        "short": "policy.optimizer.pt has changed",
+    }
+    assert checkpoint.damaged(tmp_path) == ({folder: said[damage]} if damage in said else {})
+
+
+@pytest.mark.parametrize(
+    ("content", "hashed"), [("zeros", True), ("zeros", False), ("noise", False), ("one bit", True)], ids=str
+)
+@pytest.mark.parametrize("name", ["policy.safetensors", "policy.optimizer.pt", "algorithm.safetensors"])
+def test_damage_that_keeps_the_size_is_named(tmp_path: Path, name: str, content: str, hashed: bool) -> None:
+    folder = save(tmp_path, 1, mean=torch.ones(3))
+    whole = (folder / name).read_bytes()
+    if content == "one bit":
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        filling = bytes([0]) if content == "zeros" else hashlib.sha256(b"noise").digest()
+        (folder / name).write_bytes((filling * len(whole))[: len(whole)])
+    if not hashed:
+        change_state(folder, sha256={})
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None
+    read = {
+        "policy.safetensors": lambda: latest.weights("policy"),
+        "policy.optimizer.pt": lambda: latest.optimizer("policy"),
+        "algorithm.safetensors": latest.algorithm,
+    }
+    with pytest.raises(UserError, match=f"{name}: (is damaged|cannot be read).* Move .*step-000001 away"):
+        read[name]()
 
 
 def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
@@ -86,7 +124,7 @@ def test_a_full_disk_is_explained_and_loses_nothing(tmp_path: Path) -> None:
     for limit, elements in ((200_000, 100_000), (500_000, 100_000)):  # the weights do not fit; the optimiser's state does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(UserError, match="no room to write.*What was complete before is untouched"):
+            with pytest.raises(UserError, match="limit is reached.*checkpoint.*step-000002.*was finished before is kept.*Free"):
                 save(tmp_path, 2, elements=elements)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -103,12 +141,10 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
             return (Path(tmp_path / "ran").touch, ())
 
     torch.save({"state": Evil()}, folder / "policy.optimizer.pt")
-    state = json.loads((folder / "state.json").read_text())
-    state["files"]["policy.optimizer.pt"] = (folder / "policy.optimizer.pt").stat().st_size
-    (folder / "state.json").write_text(json.dumps(state))
+    change_state(folder, sha256={}, files={"policy.optimizer.pt": (folder / "policy.optimizer.pt").stat().st_size})
     latest = checkpoint.latest(tmp_path)
     assert latest is not None
-    with pytest.raises((UserError, pickle.UnpicklingError)):
+    with pytest.raises(UserError, match="policy.optimizer.pt: cannot be read .*Move .*step-000001 away"):
         latest.optimizer("policy")
     assert not (tmp_path / "ran").exists()
 
@@ -125,6 +161,6 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
 def test_set_aside_keeps_everything(tmp_path: Path) -> None:
     for _ in range(2):
         save(tmp_path / "checkpoints", 1)
-        checkpoint.set_aside(tmp_path / "checkpoints")
-    checkpoint.set_aside(tmp_path / "checkpoints")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.before-1", "checkpoints.before-2"]
+        moved = set_aside(tmp_path, ["checkpoints", "metrics.jsonl"])
+    assert moved == ["checkpoints.stale-2"] and set_aside(tmp_path, ["checkpoints"]) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.stale-1", "checkpoints.stale-2"]

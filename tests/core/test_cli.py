@@ -112,6 +112,21 @@ def test_a_run_folder_that_was_moved_is_used_where_it_is(sums: Path):
     assert (sums / "moved" / "report.html").exists() and not (sums / "runs" / "sums-0").exists()
 
 
+def test_report_leaves_what_the_folder_says_of_the_run(sums: Path, capsys: pytest.CaptureFixture[str]):
+    main(["align", "sums.yaml"])
+    folder = sums / "runs" / "sums-0"
+    before = {name: content for name, content in everything_below(folder).items() if name != "report.html"}
+    assert {"config.yaml", "environment.json"} <= before.keys()
+    assert main(["report", "sums.yaml", "train.steps=9"]) == 0 and main(["report", "runs/sums-0"]) == 0
+    after = everything_below(folder)
+    assert {name: after[name] for name in after if name != "report.html"} == before
+    (sums / "empty").mkdir()
+    for name in ("empty", "new"):
+        assert main(["report", "sums.yaml", "--run", name]) == 2
+        assert f"run folder {name}: holds no run, so there is nothing to report" in capsys.readouterr().err
+    assert list((sums / "empty").iterdir()) == [] and not (sums / "new").exists()
+
+
 def test_a_verb_does_not_build_on_stale_products(sums: Path, capsys: pytest.CaptureFixture[str]):
     main(["align", "sums.yaml"])
     before = everything_below(sums / "runs")

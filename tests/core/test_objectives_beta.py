@@ -76,12 +76,19 @@ def test_it_aims_at_the_gradient_factor(unit):
     assert gradient_factor == pytest.approx(0.25) and beta.convention == "mean_half"
 
 
-def test_it_follows_a_running_mean():
+def test_without_warm_up_it_starts_at_the_first_margin_as_the_official_code_does():
     auto = automatic()
     auto.update(torch.tensor([1.0]), SD15)
     auto.update(torch.tensor([-2.0]), SD15)
     assert auto.mean_margin == pytest.approx(0.9 * 1.0 + 0.1 * 2.0)
     assert auto.beta.value == pytest.approx(2 * math.log(3.0) / 1.1)
+
+
+def test_with_warm_up_the_first_margin_counts_as_much_as_another():
+    auto = automatic(warmup_steps=1)
+    auto.update(torch.tensor([1.0]), SD15)
+    auto.update(torch.tensor([-2.0]), SD15)
+    assert auto.mean_margin == pytest.approx((0.09 * 1.0 + 0.1 * 2.0) / (1 - 0.9**2))
 
 
 def test_it_is_clamped_and_keeps_the_given_value_while_warming_up():
@@ -90,7 +97,30 @@ def test_it_is_clamped_and_keeps_the_given_value_while_warming_up():
     values = [auto.update(margins, SD15).value for _ in range(3)]
     assert values == [500.0, 500.0, 1000.0]
     assert automatic(minimum=10.0).update(torch.tensor([1e9]), SD15).value == 10.0
-    assert automatic(maximum=77.0).update(torch.zeros(3), SD15).value == 77.0, "no margin yet: as strong as allowed"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
+def test_a_fresh_policy_whose_first_margins_are_zero_does_not_overshoot(decay):
+    auto = automatic(warmup_steps=5, decay=decay, maximum=20000.0)
+    right = 2 * math.log(3.0) / 1e-3
+    assert [auto.update(torch.full((4,), h), SD15).value for h in (0.0, 0.0)] == [500.0, 500.0]
+    values = [auto.update(torch.tensor([1e-3, -1e-3]), SD15).value for _ in range(8)]
+    assert values[:5] == [500.0] * 5 and values[5:] == [pytest.approx(right)] * 3
+
+
+def test_early_small_margins_are_not_held_on_to():
+    """Margins that grow from 0 and then stay: within a fifth of the right beta as soon as the old ones are few."""
+    auto = automatic(warmup_steps=10, decay=0.99)
+    for step in range(41):
+        beta = auto.update(torch.tensor([1e-3 * min(step, 5) / 5]), SD15)
+    assert beta.value == pytest.approx(2 * math.log(3.0) / 1e-3, rel=0.2)
+
+
+def test_beta_is_never_aimed_from_a_mean_of_zero():
+    auto = automatic(warmup_steps=0, decay=0.0, maximum=77.0)
+    assert auto.update(torch.zeros(3), SD15).value == 500.0
+    aimed = auto.update(torch.tensor([1.0]), SD15).value
+    assert auto.update(torch.zeros(3), SD15).value == aimed == pytest.approx(2 * math.log(3.0))
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

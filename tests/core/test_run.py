@@ -60,6 +60,25 @@ def test_finished_stages_are_kept(tmp_path: Path):
     assert run.said == ["generate: done already, kept", "train: done already, kept"]
 
 
+def test_the_environment_is_that_of_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = Run(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["polyalign", "train"])
+    folder = run.go()
+    folder.write_environment({"base": "abc"})
+    written = (tmp_path / "environment.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["polyalign", "report"])
+    run.go()
+    assert (tmp_path / "environment.json").read_bytes() == written, "a run that does nothing changes nothing"
+    monkeypatch.setattr(sys, "argv", ["polyalign", "align"])
+    records = run.go(steps=6).records()
+    assert [records[name]["environment"]["argv"][1] for name in ("generate", "train")] == ["train", "align"]
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["argv"] == ["polyalign", "align"] and environment["hashes"] == {"base": "abc"}
+    (tmp_path / "environment.json").write_text("{")
+    folder.write_environment()
+    assert "hashes" not in json.loads((tmp_path / "environment.json").read_text())
+
+
 def test_a_changed_setting_makes_a_stage_anew_and_keeps_the_old(tmp_path: Path):
     run = Run(tmp_path)
     run.go(steps=5)

@@ -6,18 +6,23 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from polyalign.core import checkpoint as checkpoints
 from polyalign.core.algorithm import Layout, Rows
 from polyalign.core.candidates import Batch
 from polyalign.core.errors import UserError
-from polyalign.core.launch import refuse_lost_processes, start_accelerator
+from polyalign.core.launch import accelerator_beside, refuse_lost_processes, start_accelerator
+from polyalign.core.learner import refuse_float16
 from polyalign.core.objectives import Outcome
 from polyalign.core.optimisers import build_optimizer, schedule_factor
 from polyalign.core.recipe import OptimizerConfig, ScheduleConfig, TrackingConfig
@@ -26,7 +31,7 @@ from polyalign.core.trainer import Trainer, order
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exactness"))
 
-from tiny_training import TinyPairs, algorithm, settings  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tiny_training import Denoiser, TinyAdapter, TinyPairs, algorithm, settings  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -105,7 +110,7 @@ def test_other_settings_are_refused_by_name_unless_started_anew(tmp_path: Path) 
     assert "pairs: 'a' -> 'b'" in str(caught.value)
     assert "train.optimizer.learning_rate: 0.02 -> 0.001" in str(caught.value)
     Trainer(algorithm(tmp_path), TinyPairs(), changed, tmp_path, identity={"pairs": "b"}).run(anew=True)
-    assert (tmp_path / "checkpoints.before-1/step-000002").is_dir() and len(metrics(tmp_path)) == 2
+    assert (tmp_path / "checkpoints.stale-1/step-000002").is_dir() and len(metrics(tmp_path)) == 2
 
 
 def test_what_does_not_change_the_weights_may_change_and_constant_runs_can_grow(tmp_path: Path) -> None:
@@ -122,7 +127,7 @@ def test_no_pairs_and_batches_that_cannot_be_cut_are_refused(tmp_path: Path) -> 
         Trainer(algorithm(tmp_path), TinyPairs(0), settings(), tmp_path)
     coupled = algorithm(tmp_path)
     coupled.group_separable = False
-    with pytest.raises(UserError, match="couples the pairs of a batch"):
+    with pytest.raises(UserError, match="couples the pairs of a batch.*objective.safeguard_scope: group"):
         Trainer(coupled, TinyPairs(), settings(micro_batch_size=4), tmp_path)
     assert Trainer(coupled, TinyPairs(), settings(steps=1), tmp_path).run().steps == 1
 
@@ -237,6 +242,96 @@ def test_adafactor_and_bf16_train_and_resume(tmp_path: Path) -> None:
     assert Trainer(again, TinyPairs(), chosen, tmp_path).run().steps == 0
     kept, loaded = (dict(each.networks["policy"].named_parameters()) for each in (method, again))
     assert all(torch.equal(kept[name], loaded[name]) for name in kept)
+
+
+def test_damaged_checkpoints_are_told_and_figures_of_lost_steps_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_again() -> tuple[list[int], str]:
+        Trainer(algorithm(tmp_path), TinyPairs(), settings(), tmp_path).run()
+        return [line["step"] for line in metrics(tmp_path)], capsys.readouterr().err
+
+    first, _ = run_again()
+    damaged = tmp_path / "checkpoints/step-000006/policy.safetensors"
+    damaged.unlink()
+    steps, said = run_again()
+    assert f"{damaged.parent}: is damaged and passed over (policy.safetensors is missing)" in said
+    assert steps == first == [1, 2, 3, 4, 5, 6] and not list(tmp_path.glob("metrics.jsonl.*"))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for folder in (tmp_path / "checkpoints").iterdir():
+        (folder / "state.json").unlink()
+    steps, said = run_again()
+    assert said.count("passed over (state.json is missing)") == 2 and steps == first
+    assert (tmp_path / "metrics.jsonl.stale-1").read_bytes() == before
+
+
+class PrecisionSeen(TinyAdapter):
+    """Notes what is autocast."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.seen: dict[str, set[bool]] = {"prepare": set(), "score": set()}
+
+    def prepare(self, model: Any, rows: Any, *, step: int) -> Batch:
+        self.seen["prepare"].add(torch.is_autocast_enabled("cpu"))
+        return super().prepare(model, rows, step=step)
+
+    def score(self, model: Any, batch: Batch, draws: Any) -> Any:
+        self.seen["score"].add(torch.is_autocast_enabled("cpu"))
+        return super().score(model, batch, draws)
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["filling the cache", "and a step"])
+def test_only_scores_are_autocast(tmp_path: Path, steps: int) -> None:
+    method = algorithm(tmp_path, seat="cached", lora=False)
+    adapter = method.adapter = PrecisionSeen(lora=False)
+    Trainer(method, TinyPairs(), settings(steps=steps, mixed_precision="bf16"), tmp_path).run()
+    assert adapter.seen == {"prepare": {False}, "score": {True}}
+
+
+def test_a_cached_reference_is_refused_where_weights_are_sharded(tmp_path: Path) -> None:
+    method = algorithm(tmp_path, seat="cached")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(method.networks["policy"], mesh=init_device_mesh("cpu", (1,)))
+        layout = Layout(torch.device("cpu"), 0, 1, lambda: None, nullcontext)
+        with pytest.raises(UserError, match="train.reference.seat: cached does not work where the weights are cut up"):
+            method.begin(TinyPairs(), layout, micro_batch_size=4)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_float16_weights_need_the_loss_scale_of_fp16(tmp_path: Path) -> None:
+    method = algorithm(tmp_path)
+    method.networks["policy"].get_submodule("base_model.model.time").half()
+    for precision in ("no", "bf16"):
+        chosen = settings(mixed_precision=precision)
+        with pytest.raises(UserError, match=f"model.dtype: float16 with train.mixed_precision: {precision}"):
+            Trainer(method, TinyPairs(), chosen, tmp_path)
+    refuse_float16(method.networks["policy"], "fp16")
+    with pytest.raises(UserError, match="weights that are trained must not be float16"):
+        refuse_float16(Denoiser().half(), "fp16")
+
+
+def test_training_is_where_the_network_is(tmp_path: Path) -> None:
+    method = algorithm(tmp_path)
+    assert Trainer(method, TinyPairs(), settings(), tmp_path).accelerator.device.type == "cpu"
+    here = start_accelerator(settings(), cpu=True)
+    elsewhere = [nn.Linear(2, 2, device="meta")]
+    with pytest.raises(UserError, match="model.device: the network is on meta, and training would run on cpu"):
+        accelerator_beside(elsewhere, settings(), here)
+    with pytest.raises(UserError, match="model.device: the weights are on cpu and meta; put them on one"):
+        accelerator_beside([*elsewhere, nn.Linear(2, 2)], settings(), here)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")
+def test_a_network_on_the_cpu_is_trained_there_beside_a_gpu(tmp_path: Path) -> None:
+    for device in ("cuda", "cpu", "cuda"):
+        method = algorithm(tmp_path / device)
+        method.networks["policy"].to(device)
+        trainer = Trainer(method, TinyPairs(), settings(steps=1), tmp_path / device)
+        trainer.run(anew=True)
+        assert {parameter.device.type for parameter in method.networks["policy"].parameters()} == {device}
 
 
 def test_fp16_needs_a_gpu() -> None:

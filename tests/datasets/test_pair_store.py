@@ -10,6 +10,7 @@ from PIL import Image
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.pairs import PairStore
+from polyalign.datasets.pictures import decode
 
 
 def picture(number, size=(8, 6)):
@@ -55,6 +56,9 @@ def test_rows_come_back_in_the_order_asked_for(store):
             assert found[side].mode == "RGB" and found[side].tobytes() == expected[side].tobytes()
     with pytest.raises(IndexError):
         store.rows([14])
+    encoded = store.rows([13, 0], decode=False)
+    assert [decode(found["rejected"]).tobytes() for found in encoded] == [picture(number + 100).tobytes() for number in (13, 0)]
+    assert encoded[0]["condition"] == row(13)["condition"] and encoded[0]["provenance"] == row(13)["provenance"]
     assert store.conditions() == [row(number)["condition"] for number in range(14)]
 
 
@@ -169,6 +173,7 @@ def test_every_broken_row_is_named(store):
     with pytest.raises(UserError, match="row 1 .*'pair-021'.*'rejected'"):
         store.rows([12])
     assert store.rows([17])[0]["pair_id"] == "pair-026"
+    assert store.rows([12], decode=False)[0]["rejected"] == jpeg.getvalue()[:-400]
 
 
 def test_missing_and_wrongly_typed_columns_and_damaged_shards_are_named(store):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from polyalign.core.errors import UserError
 from polyalign.datasets.worlds import shapes
 from polyalign.datasets.worlds.shapes import ShapesJudge, Spec, Thing
 
@@ -162,7 +163,22 @@ def test_held_out_prompts_take_no_part_in_training() -> None:
     held = {condition["prompt"] for condition in shapes.prompts("heldout", 3000, seed=2)}
     assert train.isdisjoint(held)
     assert all(not shapes.held_out(prompt) for prompt in train) and all(shapes.held_out(prompt) for prompt in held)
+    assert {shapes.parse(prompt) for prompt in train}.isdisjoint(shapes.parse(prompt) for prompt in held)
     assert train | held == {opening + prompt for opening in shapes.OPENINGS for prompt in shapes.all_prompts()}
+
+
+def test_each_task_holds_compositions_out_under_every_opening() -> None:
+    """Another wording of a trained prompt would be no test: no composition is on both sides."""
+    compositions = {
+        split: [shapes.parse(condition["prompt"]) for condition in shapes.prompts(split, 360, seed=seed)]
+        for seed, split in enumerate(("train", "heldout"))
+    }
+    assert set(compositions["train"]).isdisjoint(compositions["heldout"])
+    for prompt in shapes.all_prompts():
+        assert len({shapes.held_out(opening + prompt) for opening in shapes.OPENINGS}) == 1
+    for task in shapes.TASKS:
+        of_task = [prompt for prompt in shapes.all_prompts() if shapes.parse(prompt).task == task]
+        assert sum(map(shapes.held_out, of_task)) == max(1, len(of_task) // 3)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -178,9 +194,9 @@ def test_prompts_take_the_tasks_in_turn(split: str) -> None:
 def test_wrong_use_is_explained() -> None:
     with pytest.raises(ValueError, match="splits 'train' and 'heldout', not 'test'"):
         shapes.prompts("test", 4)
-    with pytest.raises(ValueError, match="32 x 32 pixels, found 64 x 64"):
+    with pytest.raises(UserError, match="32 x 32 pixels, found 64 x 64"):
         score("a circle", Image.new("RGB", (64, 64)))
-    with pytest.raises(ValueError, match="does not know the prompt 'a dog'"):
+    with pytest.raises(UserError, match="the judge 'shapes': .* does not know the prompt 'a dog'"):
         score("a dog", picture_of([Thing("circle", "red", 8, 8)]))
     with pytest.raises(ValueError):
         ShapesJudge().score([{"prompt": "a circle"}], [])

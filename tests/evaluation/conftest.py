@@ -38,6 +38,7 @@ class ExampleJudge:
     name = "shapes"
     version = "1"
     broken_below = 0.0
+    right_from = 1.0
 
     def score(self, conditions: Any, outputs: Any) -> list[float]:
         return [picture.info["score"] for picture in outputs]
@@ -171,7 +172,7 @@ CONFIG = """\
 modality: image
 seed: 1
 run: {folder: runs/quickstart, title: null}
-objective: {name: dpo, beta: {value: 500.0, convention: mean_half}, winner_anchor: 0.3}
+objective: {name: dpo, beta: {value: 500.0, convention: mean_half}, anchor: 0.3}
 train: {steps: 240, batch_size: 8, optimizer: {learning_rate: 0.0001}}
 report: {title: Quickstart, grid: 24, embed_images: true}
 """
@@ -180,7 +181,7 @@ RECIPE = """\
 modality: image
 seed: 0
 run: {folder: runs/quickstart, title: null}
-objective: {name: dpo, beta: {value: 2000.0, convention: mean_half}, winner_anchor: 0.3}
+objective: {name: dpo, beta: {value: 2000.0, convention: mean_half}, anchor: 0.3}
 train: {steps: 240, batch_size: 8, optimizer: {learning_rate: 0.0001}}
 report: {title: Quickstart, grid: 24, embed_images: true}
 """

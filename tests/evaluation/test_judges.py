@@ -59,6 +59,12 @@ def test_panel_is_the_weighted_sum():
     assert panel.score([{"prompt": "x"}], [image]) == [pytest.approx(expected)]
     assert panel.name == "saturation + -2 clipping"
     assert type(judges.panel([Spec("saturation")])).__name__ == "SaturationJudge"
+    assert judges.parts(panel) == ["saturation", "clipping"]
+    assert judges.parts(judges.panel([Spec("clipping", weight=-1.0)])) == ["clipping"]
+    assert judges.parts(judges.build(Spec("clipping"))) == ["clipping"]
+    silent = judges.panel([Spec("saturation", weight=0.0), Spec("clipping", weight=2.0)])
+    assert judges.parts(silent) == ["clipping"]
+    assert judges.Panel([silent, panel], [1, 1]).parts == ["clipping", "saturation", "clipping"]
     with pytest.raises(UserError, match="no judge is named"):
         judges.panel([])
 
@@ -68,6 +74,27 @@ def test_unknown_names_and_refused_options_are_explained():
         judges.build(Spec("saturatoin"))
     with pytest.raises(UserError, match="cannot be made with the options"):
         judges.build(Spec("clipping", options={"colour": "red"}))
+
+
+class Fixed:
+    name, version = "fixed", "4"
+
+    def __init__(self, *scores):
+        self.scores = list(scores)
+
+    def score(self, conditions, outputs):
+        return self.scores
+
+
+def test_scores_are_checked_in_one_place():
+    asked = [{"prompt": "a"}, {"prompt": "b"}]
+    scores = judges.checked_scores(Fixed(np.float32(0.5), 1), asked, ["x", "y"])
+    assert scores == [0.5, 1.0] and all(type(score) is float for score in scores)
+    with pytest.raises(UserError, match=r"the judge 'fixed' \(version 4\) gave 1 scores for 2 outputs; shards are kept"):
+        judges.checked_scores(Fixed(1), asked, ["x", "y"], where="shards are kept")
+    said = r"gave inf for output 1, prompt 'b', seed 9; scores must be finite numbers; shards are kept"
+    with pytest.raises(UserError, match=said):
+        judges.checked_scores(Fixed(1, float("inf")), asked, ["x", "y"], seeds=[8, 9], where="shards are kept")
 
 
 def test_a_dotted_path_is_no_judge():

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from polyalign.core.errors import UserError
+from polyalign.evaluation.judges import Panel
 from polyalign.evaluation.paired import evaluate_paired
 
 
@@ -37,7 +38,7 @@ def test_the_block_is_the_contract():
     report = evaluate_paired(
         BASE, ALIGNED, CONDITIONS, [7, 8, 9], [Length(), Constant(1.0)], seed=0, arms={"sft": ["aaaa", "aaa", "aaaa"]}
     )
-    assert report["judge"] == {"name": "length", "version": "2"}
+    assert report["judge"] == {"name": "length", "version": "2", "parts": ["length"]}
     assert report["prompts"] == 3
     rate = report["win_rate"]
     assert (rate["wins"], rate["losses"], rate["ties"], rate["rate"], rate["rate_with_ties"]) == (1, 1, 1, 0.5, 0.5)
@@ -47,7 +48,7 @@ def test_the_block_is_the_contract():
         "short": {"base": 1.0, "aligned": 3.0, "n": 1},
         "long": {"base": 2.5, "aligned": 1.5, "n": 2},
     }
-    assert report["other_judges"]["constant"]["ties"] == 3
+    assert report["other_judges"]["constant"]["ties"] == 3 and report["other_judges"]["constant"]["parts"] == ["constant"]
     assert report["arms"]["sft"]["wins"] == 3 and report["arms"]["sft"]["aligned_over_this"]["losses"] == 3
     assert report["items"][0] == {
         "prompt": "p0",
@@ -60,6 +61,16 @@ def test_the_block_is_the_contract():
     }
     assert "artefacts" not in report
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_a_weighted_judge_names_its_parts_and_a_judge_its_limits():
+    class Marked(Length):
+        broken_below, right_from = 1, 3
+
+    report = evaluate_paired(BASE, ALIGNED, CONDITIONS, [7, 8, 9], [Marked(), Panel([Length()], [-1])], seed=0)
+    expected = {"name": "length", "version": "2", "parts": ["length"], "broken_below": 1.0, "right_from": 3.0}
+    assert report["judge"] == expected
+    assert report["other_judges"]["-1 length"]["parts"] == ["length"]
 
 
 def test_the_same_seed_gives_the_same_numbers():

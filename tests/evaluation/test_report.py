@@ -15,6 +15,7 @@ from PIL import Image
 from polyalign.core.errors import UserError
 from polyalign.evaluation.report import charts, comparison, pictures, write_report
 from polyalign.evaluation.report.markup import duration, number, signed, size, text
+from polyalign.evaluation.statistics import paired_win_rate
 
 PARTS = ("wins", "grid", "worst", "tasks", "alarms", "curves", "timesteps", "data", "recipe", "cost", "environment", "again")
 
@@ -157,7 +158,7 @@ def test_report_json_holds_the_numbers_of_the_page(make_run):
     assert facts["verdict"]["state"] == "improved" and facts["evaluation"]["win_rate"] == block["win_rate"]
     assert facts["displacement"]["title"] == "the hoped-for picture"
     assert facts["command"] == "polyalign align configs/image/quickstart.yaml seed=1 objective.beta.value=500"
-    assert facts["thresholds"]["loss_growth"] == 1.5 and len(facts["rules"]) == 10
+    assert facts["thresholds"]["loss_growth"] == 1.5 and len(facts["rules"]) == 11
     weights = "adapter/pytorch_lora_weights.safetensors"
     assert facts["files"][weights] == hashlib.sha256((run / weights).read_bytes()).hexdigest()
     assert page_of(run) == page_of(run), "the same run gives the same page"
@@ -187,6 +188,90 @@ def test_a_section_in_a_list_may_state_only_what_it_needs_and_folders_stay_priva
     (run / "config.yaml").write_text(text_of_run)
     page_of(run)
     assert "evaluate.judges" not in {key for key, *_ in json.loads((run / "report.json").read_text())["recipe"]["changes"]}
+
+
+def edited(run, name, change):
+    path = run / name
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        change(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def caption_of(page, title):
+    """The words under the chart with that title; empty if there is no such chart."""
+    captions = [node.find("figcaption") for node in tree_of(page).iter("figure") if node.findtext("h3") == title]
+    return "".join(word for caption in captions if caption is not None for word in caption.itertext())
+
+
+def head_of(page):
+    head = tree_of(page).find("body/main/section")
+    assert head is not None
+    return head
+
+
+def test_the_loss_of_an_anchored_objective_says_what_its_level_is_worth(make_run):
+    run = make_run(count=24)
+    said = caption_of(page_of(run), "Loss")
+    assert "includes the winner anchor (anchor 0.3)" in said and "Read accuracy and margin instead" in said
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("anchor: 0.3", "anchor: 0.0, sft: 0.5"))
+    assert "includes added SFT (sft 0.5)" in caption_of(page_of(run), "Loss")
+    (run / "config.yaml").write_text(config.replace("anchor: 0.3", "anchor: 0.0, sft: 0.0"))
+    assert "includes" not in caption_of(page_of(run), "Loss")
+
+
+def test_the_preference_part_of_the_loss_is_drawn_where_it_is_logged(make_run):
+    run = make_run(count=24)
+    assert caption_of(page_of(run), "Preference part of the loss") == ""
+    edited(run, "metrics.jsonl", lambda row: row.update({"loss/preference": 0.7 - 0.001 * row["step"], "loss": 31.0}))
+    page = page_of(run)
+    assert caption_of(page, "Preference part of the loss").startswith("It fell: 0.688 in the first tenth")
+    assert "drawn by itself" in caption_of(page, "Loss") and "loss/preference at the end 0.47" in page
+
+
+def test_many_ties_are_seen_at_once(make_run):
+    run = make_run(count=24)
+    block = json.loads((run / "evaluation.json").read_text())
+    scores = [0.0] * 44 + [1.0] + [0.0] * 315, [1.0] * 44 + [0.0] * 316
+    block["win_rate"] = paired_win_rate(*scores, seed=0).as_json()
+    (run / "evaluation.json").write_text(json.dumps(block))
+    page = page_of(run)
+    head = "".join(head_of(page).itertext())
+    assert "44 won, 1 lost, 315 tied." in head and "44 / 1 / 315" in head and "of 360 comparisons" in head
+    assert "of 45 decided" in head
+
+
+def test_arms_stand_beside_the_aligned_model(make_run):
+    run = make_run()
+    tables = [table for table in tree_of(page_of(run)).iter("table") if "aligned against it" in "".join(table.itertext())]
+    assert len(tables) == 1
+    rows = [["".join(cell.itertext()) for cell in row] for row in tables[0].iter("tr")]
+    block = json.loads((run / "evaluation.json").read_text())
+    arm = block["arms"]["sft"]
+    won = f"{arm['wins']} won, {arm['losses']} lost, {arm['ties']} tied"
+    assert [row[0] for row in rows] == ["model", "aligned", "sft"]
+    assert rows[1][1].startswith(f"{block['win_rate']['rate']:.3f} [") and rows[1][4] == "\u2013"
+    assert rows[2][2] == won and rows[2][3] == f"{arm['scores']['mean']:.3f}"
+    assert f"{arm['aligned_over_this']['wins']} won" in rows[2][4]
+    block["arms"] = {"bare": {key: arm[key] for key in block["win_rate"]}}
+    (run / "evaluation.json").write_text(json.dumps(block))
+    assert tree_of(page_of(run)) is not None, "the contract's smallest arm is shown too"
+    block["arms"] = {}
+    (run / "evaluation.json").write_text(json.dumps(block))
+    assert "aligned against it" not in page_of(run)
+
+
+def test_a_statistic_that_decides_is_not_shown_as_better_or_worse(make_run):
+    run = make_run()
+    block = json.loads((run / "evaluation.json").read_text())
+    block["judge"] = {"name": "-1 clipping", "version": "1", "parts": ["clipping"]}
+    (run / "evaluation.json").write_text(json.dumps(block))
+    page = page_of(run)
+    tree = tree_of(page)
+    assert head_of(page).get("class") == "verdict even"
+    assert "A statistic is no judge of quality" in page and "aligned better" not in page and ", the deciding judge" not in page
+    assert not [node for node in tree.iter("line") if node.get("class") in ("span good", "span bad")]
 
 
 def test_three_steps_say_nothing_about_divergence(make_run):

@@ -80,6 +80,66 @@ def test_a_second_judge_can_spoil_the_verdict_and_a_statistic_as_judge_cannot(ma
     assert (verdict.state, verdict.rule.name) == ("over-optimised", "a second judge disagrees")
 
 
+@pytest.mark.parametrize(
+    "judge",
+    [
+        {"name": "-1 high_frequency", "version": "1", "parts": ["high_frequency"]},
+        {"name": "-1 high_frequency", "version": "1"},  # written before `parts` was
+        {"name": "clipping", "version": "1", "parts": ["clipping"]},
+        {"name": "-1 saturation + -0.5 clipping", "version": "1+1", "parts": ["saturation", "clipping"]},
+        {"name": "-1e-05 saturation + clipping", "version": "1+1"},
+    ],
+)
+def test_a_statistic_that_fell_is_no_improvement(make_run, judge):
+    run = make_run("improved")
+    edit(run, judge=judge, win_rate=rate(200, 5))
+    verdict = decide(collect(run))
+    assert (verdict.state, verdict.rule.name) == ("not evaluated", "only statistics")
+    assert "is no judge of quality" in verdict.sentence and "won" not in verdict.sentence
+    by_name = {rule.name: rule for rule in verdict.rules}
+    assert by_name["better than the base"].fired is None and by_name["learnt, yet worse"].fired is None
+
+
+def test_a_statistic_that_rose_is_no_ground_to_call_the_outputs_worse(make_run):
+    run = make_run("improved")
+    edit(run, judge={"name": "-1 clipping", "version": "1", "parts": ["clipping"]}, win_rate=rate(5, 200))
+    assert decide(collect(run)).state == "not evaluated"
+
+
+def test_a_judge_with_a_statistic_beside_it_decides(make_run):
+    run = make_run("improved")
+    edit(run, judge={"name": "shapes + -0.1 clipping", "version": "1+1", "parts": ["shapes", "clipping"]})
+    assert decide(collect(run)).state == "improved"
+    edit(run, judge={"name": "shapes + -0.1 clipping", "version": "1+1"})
+    assert decide(collect(run)).state == "improved"
+
+
+def test_a_weighted_statistic_is_no_second_judge(make_run):
+    run = make_run("improved")
+    edit(run, other_judges={"-1 saturation": {**rate(5, 60), "parts": ["saturation"]}})
+    assert decide(collect(run)).state == "improved"
+    edit(run, other_judges={"-1 saturation": rate(5, 60)})
+    assert decide(collect(run)).state == "improved"
+    edit(run, other_judges={"0.5 fidelity": {**rate(5, 60), "parts": ["fidelity"]}})
+    assert decide(collect(run)).rule.name == "a second judge disagrees"
+
+
+def test_the_sentence_counts_wins_losses_and_ties(make_run):
+    run = make_run("improved")
+    edit(run, win_rate=rate(44, 1, 315))
+    verdict = decide(collect(run))
+    assert verdict.state == "improved" and verdict.sentence.endswith("Against the base: 44 won, 1 lost, 315 tied.")
+
+
+def test_the_preference_part_of_the_loss_is_asked_where_it_is_logged(make_run):
+    run = make_run("no change")
+    edit_metrics(run, lambda row: row.update({"loss": 31.0, "loss/preference": 0.69 + 0.01 * row["step"]}))
+    verdict = decide(collect(run))
+    assert verdict.rule.name == "training ran away" and "loss/preference 0.8" in verdict.rule.found
+    edit_metrics(run, lambda row: row.update({"loss/preference": 0.69}))
+    assert decide(collect(run)).state == "no change"
+
+
 def test_more_broken_outputs_are_over_optimisation(make_run):
     run = make_run("improved")
     items = json.loads((run / "evaluation.json").read_text())["items"]
@@ -119,7 +179,7 @@ def test_without_evaluation_only_the_curves_can_speak(make_run):
 
 def test_every_verdict_shows_all_rules_with_their_numbers(make_run):
     verdict = decide(collect(make_run("improved")))
-    assert len(verdict.rules) == 10 and all(rule.says and rule.found for rule in verdict.rules)
+    assert len(verdict.rules) == 11 and all(rule.says and rule.found for rule in verdict.rules)
     assert f"p < {THRESHOLDS.significance:g}" in verdict.rule.says
 
 

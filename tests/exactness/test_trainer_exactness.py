@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -53,9 +55,24 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def run_script(command: list[str]) -> None:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+def run_script(command: list[str], *, timeout: float = 180) -> None:
+    process = psutil.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    finally:
+        kill_with_workers(process)
+    assert process.returncode == 0, said
+
+
+def kill_with_workers(process: psutil.Popen) -> None:
+    """Kill a process, if it still runs, and all below it: torchrun starts its workers in sessions of their own, so they outlive
+    it when it alone is killed, and then wait for one another."""
+    if process.poll() is None:
+        family = [*process.children(recursive=True), process]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(family, timeout=20)
 
 
 def nearly_equal(one: Path, other: Path, tolerance: float = 2e-6) -> None:
@@ -166,9 +183,25 @@ def test_killed_at_any_moment_and_started_again_ends_in_the_same_weights(tmp_pat
     assert lines(folder) == lines(tmp_path / "whole")
 
 
+def test_a_launch_that_takes_too_long_leaves_no_process(tmp_path: Path) -> None:
+    sleeping = "import os, sys, time\nopen(f'{sys.argv[1]}/{os.getpid()}.pid', 'w').close()\ntime.sleep(300)\n"
+    (tmp_path / "sleeping.py").write_text(sleeping)
+    launch = [*script(tmp_path, processes=2)[:-2], str(tmp_path / "sleeping.py"), str(tmp_path)]
+    process = psutil.Popen(launch, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and len(list(tmp_path.glob("*.pid"))) < 2:
+            time.sleep(0.05)
+    finally:
+        kill_with_workers(process)
+    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    assert len(workers) == 2
+    assert not [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    one = train(tmp_path / "one", micro_batch_size=2)
-    run_script(script(tmp_path / "two", "--micro", "2", processes=2))
+    """Dropout too, since it is keyed by the place of a micro-batch in the order of the data."""
+    one = train(tmp_path / "one", micro_batch_size=2, dropout=0.3)
+    run_script(script(tmp_path / "two", "--micro", "2", "--dropout", "0.3", processes=2))
     nearly_equal(one, tmp_path / "two/checkpoints/step-000006")
     for first, second in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert first.keys() == second.keys()

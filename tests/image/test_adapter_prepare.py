@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from polyalign.core.errors import UserError
+from polyalign.datasets.pictures import fingerprint
 from polyalign.modalities.image import pictures
 from polyalign.modalities.image.adapter import ImageAdapter
 from polyalign.modalities.image.cache import ContentCache
@@ -69,6 +70,34 @@ def test_cache_equals_live(make_adapter: Make, rows: Rows, tmp_path: Path) -> No
             found = adapter.prepare(model, rows, step=step).tensors
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert live.cache.bytes == 0 and list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_bytes_are_decoded_only_for_latents_that_are_not_there(make_adapter: Make, rows: Rows, tmp_path: Path) -> None:
+    """Where the latents of these very bytes are kept, the bytes may be of no picture: nobody reads them."""
+    adapter = make_adapter("sdxl", posterior="mode", cache_folder=tmp_path / "cache")
+    model = adapter.load()
+    content = [encoded(row[side]) for row in rows for side in ("chosen", "rejected")]
+    as_bytes = [{**row, "chosen": content[2 * n], "rejected": content[2 * n + 1]} for n, row in enumerate(rows)]
+    expected = make_adapter("sdxl", posterior="mode").prepare(model, rows, step=0).tensors
+    found = adapter.prepare(model, as_bytes, step=0).tensors
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    spoilt = [{**row, "chosen": b"no picture"} for row in as_bytes[:1]]
+    with pytest.raises(UserError, match="pair pair-0, column chosen: .*cannot be decoded"):
+        adapter.prepare(model, spoilt, step=0)
+
+    def keys(picture: bytes) -> tuple[str, ...]:
+        return ("vae", model.identity, str(model.parts["vae"].dtype), fingerprint(picture), str(pictures.View(32)))
+
+    kept = adapter.cache.get(keys(content[0]), dict)
+    adapter.cache.get(keys(b"no picture"), lambda: kept)
+    assert torch.equal(adapter.prepare(model, spoilt, step=0).tensors["latents"][0], found["latents"][0])
+
+
+def test_pictures_that_differ_in_transparency_are_two(make_adapter: Make, rows: Rows) -> None:
+    clear, solid = (Image.new("RGBA", (32, 32), (255, 0, 0, alpha)) for alpha in (0, 255))
+    adapter = make_adapter("sd15", posterior="mode")
+    batch = adapter.prepare(adapter.load(), [{**rows[0], "chosen": clear, "rejected": solid}], step=0)
+    assert not torch.equal(batch.tensors["latents"][0, 0], batch.tensors["latents"][0, 1])
 
 
 def test_posterior_is_sampled_anew_from_one_cached_posterior(make_adapter: Make, rows: Rows) -> None:
