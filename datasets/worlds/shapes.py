@@ -287,7 +287,8 @@ class Verdict:
 def detect(picture: np.ndarray) -> tuple[list[Thing], bool]:
     """The things in a picture (SIZE, SIZE, 3) in [0, 1], and whether they explain it (is it clean?)."""
     foreground = abs(picture - GROUND).max(-1) > FOREGROUND
-    labels, _ = ndimage.label(foreground, structure=np.ones((3, 3)))
+    labels = np.empty(foreground.shape, dtype=np.int32)
+    ndimage.label(foreground, structure=np.ones((3, 3)), output=labels)
     things, clean = [], True
     for index, place in enumerate(ndimage.find_objects(labels), start=1):
         if (labels[place] == index).sum() < SMALLEST:

@@ -243,14 +243,15 @@ def measure(pipeline: StableDiffusionXLPipeline, source: Source, settings: Setti
     pipeline.set_progress_bar_config(disable=True)
     conditions, pictures = source.conditions(count), []
     for number, part in enumerate(batches(conditions, 60)):
-        pictures += pipeline(
+        drawn: Any = pipeline(
             [condition["prompt"] for condition in part],
             height=tiny.PIXELS,
             width=tiny.PIXELS,
             guidance_scale=settings.guidance,
             num_inference_steps=settings.sampling_steps,
             generator=rng(settings.seed, "measure", number),
-        ).images
+        )
+        pictures += drawn.images
     return source.figures(conditions, pictures)
 
 
