@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 
 from polyalign.core.adapter import Model
 from polyalign.core.files import disk_full_explained
@@ -41,23 +39,13 @@ def export(model: Model, folder: Path, card: Mapping[str, Any] | None = None) ->
 
 
 def _write(model: Model, folder: Path, card: Mapping[str, Any]) -> None:
-    """The files of an export.
-
-    Raises:
-        OSError: the disk is full, also where safetensors says so in an error of its own.
-    """
-    try:
-        pipeline = assemble(model)
-        is_lora = lora.NAME in lora.names(pipeline.unet)
-        with quiet():
-            if is_lora:
-                lora.save(pipeline, pipeline.unet, folder)
-            else:
-                pipeline.save_pretrained(folder, safe_serialization=True)
-    except SafetensorError as error:
-        if "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, str(error), str(folder)) from error
-        raise
+    pipeline = assemble(model)
+    is_lora = lora.NAME in lora.names(pipeline.unet)
+    with quiet():
+        if is_lora:
+            lora.save(pipeline, pipeline.unet, folder)
+        else:
+            pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").write_text(model_card(model, is_lora=is_lora, card=card), encoding="utf-8")
 
 

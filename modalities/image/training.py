@@ -148,7 +148,8 @@ class TrainingPairs:
 
 
 def split_pairs(recipe: ImageRecipe, store: PairStore) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices kept aside. Pairs with one prompt stay on one side: the prompt's hash decides."""
+    """Indices to train on and indices kept aside. Pairs with one prompt stay on one side, however it is spaced or
+    capitalised: the hash of its words decides."""
     if recipe.evaluate.prompts is not None:
         return list(range(len(store))), []
     conditions = store.conditions()
@@ -169,7 +170,7 @@ def split_pairs(recipe: ImageRecipe, store: PairStore) -> tuple[list[int], list[
 
 
 def _kept_aside(condition: Condition, recipe: ImageRecipe) -> bool:
-    digest = hashlib.sha256(f"{recipe.seed} {condition['prompt']}".encode()).digest()
+    digest = hashlib.sha256(f"{recipe.seed} {_words(condition['prompt'])}".encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < recipe.evaluate.held_out
 
 

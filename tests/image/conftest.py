@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from polyalign.modalities.image.adapter import ImageAdapter
 from polyalign.modalities.image.settings import ImageModelSettings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from image_runs import save_base  # noqa: E402
 
 FAMILIES = ("sd15", "sd2", "sdxl")
 PROMPTS = ("a red circle", "a blue square", "two green dots")
@@ -121,6 +126,12 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """family -> diffusers folder; families sd15, sd2, sdxl."""
     root = tmp_path_factory.mktemp("tiny_models")
     return {family: build(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded architecture with random weights, which no test may change."""
+    return save_base(tmp_path_factory.mktemp("base") / "tiny-xl")
 
 
 def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:

@@ -25,12 +25,7 @@ from polyalign.core.checkpoint import latest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from image_runs import LORA, digest, lines, only_generated, polyalign, recipe, save_base, write_recipe  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base") / "tiny-xl")
+from image_runs import LORA, digest, lines, only_generated, polyalign, recipe, write_recipe  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ BLOCK = {"wins", "losses", "ties", "rate", "wilson", "rate_with_ties", "bootstra
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base") / "tiny-xl")
-
-
-@pytest.fixture(scope="module")
 def aligned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A recipe with an SFT arm, and the folder of its run."""
     root = tmp_path_factory.mktemp("aligned")
@@ -322,7 +317,8 @@ def pictures_with_names(tmp_path: Path) -> Path:
         grey = 10 * number
         Image.new("RGB", (40, 36), (255, grey, grey)).save(folder / "chosen" / f"{number:02d}.png")
         Image.new("RGB", (32, 32), (grey + 20, grey, grey)).save(folder / "rejected" / f"{number:02d}.png")
-        (folder / "chosen" / f"{number:02d}.txt").write_text(f"a red square number {number}")
+        caption = f"a red square number {number}" if number % 2 == 0 else f"A red  Square number {number - 1}"
+        (folder / "chosen" / f"{number:02d}.txt").write_text(caption)
     return folder
 
 
@@ -335,6 +331,7 @@ def test_the_users_own_pictures(base: Path, pictures_with_names: Path, tmp_path:
     evaluation = read(run / "evaluation.json")
     evaluated = [item["prompt"] for item in evaluation["items"]]
     assert 0 < len(set(evaluated)) < 12 and len(evaluated) == 2 * len(set(evaluated))
+    assert 2 * len({" ".join(prompt.lower().split()) for prompt in evaluated}) == len(set(evaluated))  # another case, one side
     assert len({item["seed"] for item in evaluation["items"]}) == len(evaluated)
     card = (run / "adapter" / "README.md").read_text()
     assert f"| pairs | {12 - len(set(evaluated))} |" in card
