@@ -41,6 +41,14 @@ class Metrics:
         """The column to judge the loss by: its preference part where that is logged, since regularisers can drown it."""
         return "loss/preference" if self.has("loss/preference") else "loss"
 
+    @property
+    def pairs(self) -> int | None:
+        """How many pairs were trained on: those seen, by the epochs they made up."""
+        if not self.has("pairs_seen", "epoch"):
+            return None
+        seen, epochs = (self.series(name)[1] for name in ("pairs_seen", "epoch"))
+        return round(float(seen[-1] / epochs[-1])) if len(seen) and len(epochs) and epochs[-1] > 0 else None
+
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values where the figure was logged and finite."""
         values = self.columns[name]

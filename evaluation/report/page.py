@@ -193,7 +193,9 @@ def _key_figures(data: ReportData) -> list[tuple[str, str, str]]:
             before, after = scores["base"]["mean"], scores["aligned"]["mean"]
             cells.append(("mean score", f"{number(before)} \u2192 {number(after)}", signed(after - before)))
     if data.pairs and isinstance(data.pairs.get("pairs"), int):
-        cells.append(("training pairs", f"{data.pairs['pairs']:,}", f"from {data.pairs.get('prompts', '?')} prompts"))
+        trained = data.metrics.pairs if data.metrics else None
+        kept = "" if trained in (None, data.pairs["pairs"]) else f", {trained:,} of them trained on"
+        cells.append(("pairs", f"{data.pairs['pairs']:,}", f"from {data.pairs.get('prompts', '?')} prompts{kept}"))
     if data.metrics:
         cells.append(("steps", f"{int(data.metrics.steps[-1]):,}", _loss_words(data)))
     spent = sum(float(block.get("seconds") or 0) for block in data.stages.values())

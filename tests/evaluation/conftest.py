@@ -22,6 +22,7 @@ from polyalign.evaluation.paired import evaluate_paired
 COLOURS = {"red": (214, 60, 58), "green": (62, 158, 84), "blue": (58, 98, 196), "yellow": (232, 192, 60)}
 SHAPES = ("circle", "square", "triangle")
 STEPS = 240
+TRAINED_PAIRS = 169
 
 # (share right for the base, for the aligned), chance that the aligned picture is speckled, final change of the two errors
 KINDS: dict[str, dict[str, Any]] = {
@@ -102,7 +103,7 @@ def metrics(kind: str) -> list[dict[str, Any]]:
         rows.append(
             {
                 "step": step,
-                "epoch": step // 40,
+                "epoch": 8 * step / TRAINED_PAIRS,
                 "loss": loss,
                 "learning_rate": 1e-4 * min(1, step / 20) * 0.5 * (1 + math.cos(math.pi * step / STEPS)),
                 "gradient_norm": abs(0.6 + 0.2 * noise.standard_normal()),
@@ -156,7 +157,7 @@ def write_pairs(folder: Path) -> None:
     summary = {
         "prompts": 192,
         "samples": 1152,
-        "pairs": 169,
+        "pairs": TRAINED_PAIRS,
         "ties_dropped": 61,
         "below_margin": 0,
         "duplicates_dropped": 3,

@@ -164,6 +164,14 @@ def test_report_json_holds_the_numbers_of_the_page(make_run):
     assert page_of(run) == page_of(run), "the same run gives the same page"
 
 
+def test_the_page_tells_pairs_kept_aside_from_pairs_trained_on(make_run):
+    run = make_run()
+    assert "of them trained on" not in page_of(run)
+    file = run / "pairs" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pairs": 240}))
+    assert "240" in page_of(run) and "169 of them trained on" in page_of(run)
+
+
 def test_changes_against_the_stored_recipe(make_run):
     run = make_run()
     page = page_of(run)
