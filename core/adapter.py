@@ -52,7 +52,10 @@ class Adapter(Protocol):
 class Judge(Protocol):
     """Scores outputs; higher is better. ``name`` and ``version`` go into the provenance of every pair it decides."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     def score(self, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]: ...

@@ -18,6 +18,7 @@ from polyalign.core.candidates import Batch
 from polyalign.core.errors import UserError
 from polyalign.core.learner import is_sharded
 from polyalign.core.objectives import AutoBeta, Beta, Objective, Outcome
+from polyalign.core.objectives.serves import values_only
 from polyalign.core.randomness import seed_of
 from polyalign.core.references import Cached, Seat
 from polyalign.core.scores import Scores, Unit
@@ -84,6 +85,10 @@ class DirectPreference:
         draw_bank: take each step's draws (and crops, dropout of captions and the like) from so many for each pair instead of
             new ones each step. Needed by cached seats, which can only know draws that come again.
         seed: keys the choice of a place in the bank.
+
+    Raises:
+        UserError: a cached reference, and an objective that needs more of it than values; a beta that follows log-ratios, and
+            an objective that compares without a reference.
     """
 
     def __init__(
@@ -102,6 +107,14 @@ class DirectPreference:
             raise ValueError(f"objective {objective.name!r} needs the seats {missing}; given are {sorted(seats)}")
         if draw_bank is None and any(isinstance(seat, Cached) for seat in seats.values()):
             raise ValueError("a cached reference needs a bank of draws: give draw_bank")
+        for name, seat in seats.items():
+            if isinstance(seat, Cached) and name == "reference" and objective.reference_needs:
+                raise UserError(values_only(objective, "cached"))
+        if isinstance(beta, AutoBeta) and objective.terms and objective.terms[0].reference is None:
+            raise UserError(
+                f"objective.beta.auto follows the log-ratios to a reference, and {objective.name} compares without one. "
+                "Leave it out, and give beta a fixed value"
+            )
         self.adapter, self.model, self.objective = adapter, model, objective
         self.beta, self.seats, self.draw_bank, self.seed = beta, dict(seats), draw_bank, seed
         self.networks: dict[str, nn.Module] = {"policy": model.network}
@@ -174,6 +187,11 @@ class DirectPreference:
             seat.after_step(self.networks["policy"])
         logratio = statistics["policy"].get("logratio")
         if isinstance(self.beta, AutoBeta) and logratio is not None and self.unit is not None:
+            if logratio.shape[1] < 2:
+                raise UserError(
+                    "objective.beta.auto follows the margins of pairs, and these are single candidates, which have none. "
+                    "Leave it out, and give beta a fixed value"
+                )
             self.beta.update(logratio[:, 0] - logratio[:, 1:].mean(1), self.unit)
 
     def figures(self) -> dict[str, float]:

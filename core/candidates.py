@@ -74,6 +74,18 @@ class Batch:
             **{name: value[part] for name, value in self._own_tensors().items()},
         )
 
+    def of_candidates(self, places: Sequence[int]) -> Batch:
+        """The preference side of some candidates of each group, for a comparison of a few among several. The target is scaled
+        to a distribution over them, even where they had no share of it. ``tensors`` stay out: they are for scoring, which is
+        done."""
+        index = torch.tensor(places, device=self.target.device)
+        target = self.target.index_select(1, index)
+        share = target.sum(1, keepdim=True)
+        target = torch.where(share > 0, target / torch.where(share > 0, share, 1.0), 1.0 / len(places))
+        own = {name: getattr(self, name) for name in ("margins", "desirable")}
+        parts = {name: None if value is None else value.index_select(1, index) for name, value in own.items()}
+        return replace(self, target=target, tensors={}, **parts)
+
     def to(self, device: torch.device | str) -> Batch:
         return replace(
             self,

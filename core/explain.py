@@ -91,31 +91,64 @@ def configs_table() -> str:
 
 
 def objectives_table(table: dict[str, Any]) -> str:
-    """All objectives, a line each."""
-    rows = [(name, row.summary) for name, row in table.items()]
+    """All objectives, a line each, with what they are for where that is not everything."""
+    rows = [(name, f"{row.summary}{_only(row)}") for name, row in table.items()]
     return f"Objectives (objective.name):\n{_columns(rows)}\n\nOne of them in full: polyalign explain {next(iter(table))}"
+
+
+def _only(row: Any) -> str:
+    from polyalign.core.objectives.objective import ANY_LIKELIHOOD, LIKELIHOOD_WORDS
+    from polyalign.core.objectives.serves import DATA_WORDS
+
+    kinds = [LIKELIHOOD_WORDS[kind].split(" (")[0] for kind in LIKELIHOOD_WORDS if kind in row.likelihoods]
+    limits = [" and ".join(kinds)] if row.likelihoods != ANY_LIKELIHOOD else []
+    limits += [DATA_WORDS[row.data[0]].split(",")[0]] if "pairs" not in row.data else []
+    return f" [{'; '.join(limits)}]" if limits else ""
 
 
 def objective_card(row: Any) -> str:
     """One objective in full."""
+    from polyalign.core.objectives.objective import capability_words, in_words
+    from polyalign.core.objectives.serves import DATA_WORDS
+
     parts = [f"{row.name}: {row.summary}", f"loss of a group\n{_indent(row.formula)}", f"source\n{_indent(row.source)}"]
     parts.append(f"differences from it\n{_indent(row.differences)}")
-    parts.append(f"needs of the scores\n{_indent(', '.join(sorted(row.needs)) or 'nothing')}")
+    parts.append(f"serves\n{_indent(in_words(row.likelihoods))}")
+    if row.likelihoods & {"timestep", "position"}:
+        parts.append(f"over noise levels\n{_indent(_jensen(row))}")
+    parts.append(f"is trained on\n{_indent(', or '.join(DATA_WORDS[data] for data in row.data))}")
+    parts.append(f"needs of the scores\n{_indent(capability_words(row.needs))}")
     parts.append("parameters\n" + "\n".join(_parameter_lines(row.parameters, "objective")))
     parts.append(f"in a recipe\n{textwrap.indent(_example(row), '  ')}")
     return "\n\n".join(parts)
 
 
-def _parameter_lines(section: type[BaseModel], prefix: str) -> Iterator[str]:
+def _jensen(row: Any) -> str:
+    """What drawing one noise level after another does to the row's loss."""
+    fields = row.parameters.model_fields
+    chosen = {name: literals(row.parameters, name)[0] for name, info in fields.items() if info.is_required()}
+    objective = row.build(row.parameters.model_validate({"name": row.name, **chosen}))
+    if objective.is_bound:
+        return "the mean of its losses is an upper bound of the loss at the mean log-ratio"
+    return "a heuristic with its default parameters: the mean of its losses is no bound of the loss at the mean log-ratio"
+
+
+def _parameter_lines(section: type[BaseModel], prefix: str, own: BaseModel | None = None) -> Iterator[str]:
+    """``own``: a default of the section, whose values stand for those of its class."""
     for name, info in section.model_fields.items():
         if name == "name":
             continue
         shape = shape_of_field(info)
-        yield f"  {prefix}.{name}: {_kind(info)}{_default_text(info)}"
+        given = None if own is None else getattr(own, name)
+        shown = _default_text(info) if own is None or isinstance(given, BaseModel) else f"; default {short(given)}"
+        yield f"  {prefix}.{name}: {_kind(info)}{shown}"
         if info.description:
             yield _indent(info.description, 6)
         if len(shape.sections) == 1:
-            yield from _parameter_lines(shape.sections[0], f"{prefix}.{name}")
+            default = given if own is not None or info.is_required() else info.get_default(call_default_factory=True)
+            yield from _parameter_lines(
+                shape.sections[0], f"{prefix}.{name}", default if isinstance(default, BaseModel) else None
+            )
 
 
 def _example(row: Any) -> str:

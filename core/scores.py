@@ -6,10 +6,11 @@ one unit's output (latent elements of a denoising model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Kind = Literal["token", "timestep", "position", "surrogate"]
@@ -75,6 +76,21 @@ class Scores:
         if self.dense is not None and self.dense.confidence is not None:
             have.add("confidence")
         return frozenset(have)
+
+    def of_candidates(self, places: Sequence[int]) -> Scores:
+        """Scores of some candidates of each group, in the given order."""
+        index = torch.tensor(places, device=self.values.device)
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(1, index)
+
+        return replace(
+            self,
+            values=self.values.index_select(1, index),
+            mask=self.mask.index_select(1, index),
+            residual=part(self.residual),
+            dense=None if self.dense is None else DenseStatistics(part(self.dense.kl), part(self.dense.confidence)),
+        )
 
     def detach(self) -> Scores:
         return replace(

@@ -19,17 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyalign.core.errors import UserError
-
-CAP_MARGIN = 24.0
-"""Exponents are followed up to log(largest number of the dtype) minus this, which leaves a factor of 10^10 for beta, for
-1/alpha and for the continuation above the cap: 64.7 in float32, 685.8 in float64."""
+from polyalign.core.objectives.numerics import exponent_cap, log1mexp
 
 
 class Link(Protocol):
     """``score`` is phi(r); ``difference`` is phi(r) - phi(base), computed jointly, without cancellation or overflow.
 
     ``needs_shift_invariance``: scores are known up to a constant a group. ``on_means``: the link may follow a reduction that
-    averages; otherwise the unknown constant, divided by unequal lengths, would no longer cancel.
+    averages; otherwise the unknown constant, divided by unequal lengths, would no longer cancel. ``of_likelihood``: phi is a
+    function of a likelihood itself and has no meaning for a ratio to a reference.
     """
 
     @property
@@ -40,6 +38,9 @@ class Link(Protocol):
 
     @property
     def on_means(self) -> bool: ...
+
+    @property
+    def of_likelihood(self) -> bool: ...
 
     def score(self, log_ratio: Tensor) -> Tensor: ...
 
@@ -53,6 +54,7 @@ class Identity:
     name: str = "identity"
     needs_shift_invariance: bool = False
     on_means: bool = True
+    of_likelihood: bool = False
 
     def score(self, log_ratio: Tensor) -> Tensor:
         return log_ratio
@@ -68,6 +70,7 @@ class JensenShannon:
     name: str = "jensen_shannon"
     needs_shift_invariance: bool = True
     on_means: bool = True
+    of_likelihood: bool = False
 
     def score(self, log_ratio: Tensor) -> Tensor:
         return math.log(2.0) + F.logsigmoid(log_ratio)
@@ -89,6 +92,7 @@ class AlphaDivergence:
     alpha: float
     needs_shift_invariance: bool = True
     on_means: bool = False
+    of_likelihood: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.alpha <= 1.0:
@@ -104,10 +108,15 @@ class AlphaDivergence:
         return self.difference(log_ratio, torch.zeros_like(log_ratio))
 
     def difference(self, log_ratio: Tensor, base: Tensor) -> Tensor:
-        cap = math.log(torch.finfo(log_ratio.dtype).max) - CAP_MARGIN
-        a, b = -self.alpha * log_ratio, -self.alpha * base
-        above = F.relu(b - cap) - F.relu(a - cap)
-        return (_exp_difference(b.clamp(max=cap), a.clamp(max=cap)) + math.exp(cap) * above) / self.alpha
+        return _power_difference(self.alpha, log_ratio, base)
+
+
+def _power_difference(alpha: float, x: Tensor, base: Tensor) -> Tensor:
+    """(e^(-alpha base) - e^(-alpha x)) / alpha, continued as a straight line where an exponential would overflow."""
+    cap = exponent_cap(x.dtype)
+    a, b = -alpha * x, -alpha * base
+    above = F.relu(b - cap) - F.relu(a - cap)
+    return (_exp_difference(b.clamp(max=cap), a.clamp(max=cap)) + math.exp(cap) * above) / alpha
 
 
 def _exp_difference(x: Tensor, y: Tensor) -> Tensor:
@@ -121,3 +130,91 @@ def _exp_difference(x: Tensor, y: Tensor) -> Tensor:
     value = torch.where(first, -x.exp() * gap.expm1(), y.exp() * gap.expm1()).detach()
     plain = x.exp() - y.exp()
     return value + (plain - plain.detach())
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """s = r between ``low`` and ``high``, the bound beyond, where the gradient ends: ADPO's clipped log-ratios, and SPO's
+    clipped probability ratios (arXiv 2406.04314) with the bounds log(1 - e) and log(1 + e)."""
+
+    low: float
+    high: float
+    name: str = "clipped"
+    needs_shift_invariance: bool = False
+    on_means: bool = True
+    of_likelihood: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < 0.0 < self.high:
+            raise UserError(f"a clipped log-ratio needs a bound below 0 and one above it, found {self.low} and {self.high}")
+
+    def score(self, log_ratio: Tensor) -> Tensor:
+        return log_ratio.clamp(self.low, self.high)
+
+    def difference(self, log_ratio: Tensor, base: Tensor) -> Tensor:
+        return self.score(log_ratio) - self.score(base)
+
+
+# --- links of a likelihood itself: for terms without a reference, where no constant is unknown --------------------------------
+
+
+@dataclass(frozen=True)
+class PowerReward:
+    """s = (1 - p^-alpha) / alpha of a probability p = e^l (AlphaPO, arXiv 2501.03884); alpha 0 is s = l, SimPO. The formula of
+    the alpha divergence, but of a likelihood, so there is no unknown constant, any alpha is allowed, and so is a mean."""
+
+    alpha: float
+    name: str = "power reward"
+    needs_shift_invariance: bool = False
+    on_means: bool = True
+    of_likelihood: bool = True
+
+    def score(self, log_ratio: Tensor) -> Tensor:
+        return self.difference(log_ratio, torch.zeros_like(log_ratio))
+
+    def difference(self, log_ratio: Tensor, base: Tensor) -> Tensor:
+        return log_ratio - base if self.alpha == 0.0 else _power_difference(self.alpha, log_ratio, base)
+
+
+@dataclass(frozen=True)
+class LogOdds:
+    """s = l - log(1 - e^l), the log-odds of a probability e^l (ORPO, arXiv 2403.07691), of the mean of a candidate's tokens.
+
+    l is kept below minus the dtype's resolution, where the odds would be infinite: a certain answer scores 36 in float64 and 16
+    in float32, without gradient.
+    """
+
+    name: str = "log-odds"
+    needs_shift_invariance: bool = False
+    on_means: bool = True
+    of_likelihood: bool = True
+
+    def score(self, log_ratio: Tensor) -> Tensor:
+        log_probability = log_ratio.clamp(max=-torch.finfo(log_ratio.dtype).eps)
+        return log_probability - log1mexp(log_probability)
+
+    def difference(self, log_ratio: Tensor, base: Tensor) -> Tensor:
+        return self.score(log_ratio) - self.score(base)
+
+
+@dataclass(frozen=True)
+class ErrorOdds:
+    """s = x / (e^x - 1) with x = snr e and e = -value the error of a denoising model (MaPO, arXiv 2406.06424): 1 at no error,
+    0 at a large one."""
+
+    snr: float
+    name: str = "error odds"
+    needs_shift_invariance: bool = False
+    on_means: bool = True
+    of_likelihood: bool = True
+
+    def score(self, log_ratio: Tensor) -> Tensor:
+        x = -self.snr * log_ratio
+        small = x.abs() < 1e-4  # the series is exact to x^4/720 there, and has its gradient at 0
+        safe = torch.where(small, torch.ones_like(x), x)
+        size = safe.abs()  # x / (e^x - 1) = |x| e^-max(x, 0) / (1 - e^-|x|), in which no exponent is positive
+        odds = size * (-safe.clamp(min=0.0)).exp() / -(-size).expm1()
+        return torch.where(small, 1.0 - x / 2.0 + x.square() / 12.0, odds)
+
+    def difference(self, log_ratio: Tensor, base: Tensor) -> Tensor:
+        return self.score(log_ratio) - self.score(base)

@@ -29,8 +29,14 @@ from polyalign.core.objectives.offsets import Offset
 from polyalign.core.objectives.regularisers import Regulariser
 from polyalign.core.objectives.safeguard import WinnerSafeguard
 from polyalign.core.objectives.view import VALUE, View
-from polyalign.core.objectives.weights import Sum, UnitWeights, reduce_view
-from polyalign.core.scores import Scores
+from polyalign.core.objectives.weights import Mean, Sum, UnitWeights, reduce_units, reduce_view
+from polyalign.core.scores import Kind, Scores
+
+Data = Literal["pairs", "labels", "lists", "pairs with margins", "visual triples", "visual eights"]
+"""What groups an objective can be trained on. ``labels``: single candidates, each desirable or not. ``lists``: more than two
+candidates with a target. ``visual triples``: chosen, rejected, chosen under another image. ``visual eights``: MCM-DPO's."""
+
+ANY_LIKELIHOOD: frozenset[Kind] = frozenset({"token", "timestep", "position", "surrogate"})
 
 
 class SampleWeight(Protocol):
@@ -46,14 +52,29 @@ class SampleWeight(Protocol):
 
 
 @dataclass(frozen=True)
+class PolicyConfidence:
+    """WPO (arXiv 2406.11827): exp of the sum over a group's candidates of the mean over tokens of log p - log sum p^2, which
+    is 1 for answers drawn from the policy itself and small for those it would never give."""
+
+    needs: frozenset[str] = frozenset({"confidence"})
+    seats: tuple[str, ...] = ()
+
+    def __call__(self, view: View) -> Tensor:
+        assert view.policy.dense is not None and view.policy.dense.confidence is not None, "Objective checks for confidence"
+        confidence = view.policy.dense.confidence.to(view.dtype)
+        return reduce_units(confidence, view.policy.mask, Mean()(view)).sum(1).exp()
+
+
+@dataclass(frozen=True)
 class Outcome:
     """``loss`` (G,), with gradient. ``statistics``, detached: ``policy_value``, ``reference_value``, ``logratio`` and
     ``reward`` (G, K), ``margin``, ``accuracy`` and ``gradient_weight`` (G,), and ``rejected_scale`` (G,) where a safeguard
     acts.
 
     The reward is the score that is trained, u, with link, offset and scale; the margin is that of the chosen candidate over
-    (the mean of) the others; a tie counts half in the accuracy; ``gradient_weight`` is sigmoid(-margin). Where the value of
-    the scores is not a likelihood, only ``policy_value`` and ``reference_value`` are given.
+    (the mean of) the others, and for single candidates with a label their reward, negative for an undesirable one; a tie counts
+    half in the accuracy; ``gradient_weight`` is sigmoid(-margin). Where the value of the scores is not a likelihood, only
+    ``policy_value`` and ``reference_value`` are given.
     """
 
     loss: Tensor
@@ -63,7 +84,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Term:
     """One comparison. ``policy`` and ``reference`` name seats: OFS-DPO puts the slow adapter in the reference's place, SimPO
-    has none. ``trains`` says which of the two keeps its gradient.
+    has none. ``trains`` says which of the two keeps its gradient. ``candidates`` are those of the group that are compared, all
+    by default: a term of a visual objective compares two of three.
 
     Raises:
         UserError: slots that do not fit together.
@@ -80,20 +102,26 @@ class Term:
     reference: str | None = "reference"
     trains: Literal["policy", "reference"] = "policy"
     coefficient: float = 1.0
+    candidates: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         loss, link = self.loss, self.link
         if link.needs_shift_invariance and not loss.shift_invariant:
             raise UserError(
                 f"the {link.name} link gives scores up to an unknown constant of each prompt, which the {loss.name} loss does "
-                "not cancel, since it looks at one candidate at a time. Take the identity link (reverse KL), or a pairwise or "
-                "listwise loss."
+                "not cancel, since it does not look at differences within one prompt alone. Take the identity link (reverse "
+                "KL), or a pairwise or listwise loss."
             )
         if self.weights.averages and not link.on_means:
             raise UserError(
                 f"the {link.name} link cannot follow a mean over units: its unknown constant, divided by the candidates' "
                 "lengths, would not cancel between candidates of different length. Reduce by the sum, or take the identity or "
                 "the jensen_shannon link."
+            )
+        if link.of_likelihood and self.reference is not None:
+            raise UserError(
+                f"the {link.name} link is of a likelihood itself, and has no meaning for a ratio to a reference. Take a term "
+                "without a reference, or another link."
             )
         if self.sample_weight is not None and not loss.group_separable:
             raise UserError(
@@ -104,7 +132,7 @@ class Term:
 
     @property
     def needs(self) -> frozenset[str]:
-        slots = (self.weights, self.offset, self.sample_weight, self.safeguard)
+        slots = (self.weights, self.offset, self.loss, self.sample_weight, self.safeguard)
         return VALUE.union(*(slot.needs for slot in slots if slot is not None))
 
     @property
@@ -115,7 +143,8 @@ class Term:
 
     @property
     def group_separable(self) -> bool:
-        return self.loss.group_separable and (self.safeguard is None or self.safeguard.group_separable)
+        slots = (self.loss, self.offset, self.safeguard)
+        return all(slot.group_separable for slot in slots if slot is not None)
 
     def view(self, scores: Mapping[str, Scores], batch: Batch, beta: float | Tensor) -> View:
         """What this term sees of ``scores``; the side that it does not train is detached."""
@@ -125,7 +154,8 @@ class Term:
             policy = policy.detach()
         elif reference is not None:
             reference = reference.detach()
-        return View(policy, reference, batch, scores, beta)
+        view = View(policy, reference, batch, scores, beta)
+        return view if self.candidates is None else view.of_candidates(self.candidates)
 
     def __call__(self, view: View) -> Outcome:
         """The loss (G,) of this term, coefficient included, with its statistics."""
@@ -146,7 +176,7 @@ class Term:
         reduced = reduce_view(view, self.weights)
         r = reduced.log_ratio
         offset = None if self.offset is None else self.offset(view)
-        beta = view.beta.to(r).unsqueeze(1) if isinstance(view.beta, Tensor) else view.beta
+        beta = view.beta_of_group
         greatest = r.gather(1, r.argmax(1, keepdim=True)).expand_as(r)
 
         def put_together(link_scores: Tensor, added: Tensor | None) -> Tensor:
@@ -184,6 +214,8 @@ def statistics_of(scored: Scored) -> dict[str, Tensor]:
 
 def _margin(scored: Scored) -> Tensor:
     view = scored.view
+    if scored.absolute.shape[1] == 1 and view.batch.desirable is not None:
+        return torch.where(view.desirability[:, 0] > 0.5, scored.absolute[:, 0], -scored.absolute[:, 0])
     if scored.difference is not None:
         return torch.where(view.chosen == 0, scored.difference, -scored.difference)
     others = scored.relative.masked_fill(view.is_chosen, 0.0).sum(1) / max(1, scored.relative.shape[1] - 1)
@@ -208,6 +240,9 @@ _OBSERVER = Term()
 class Objective:
     """``objective(scores, batch, beta=Beta.effective(unit)) -> Outcome``. Statistics are those of the first term.
 
+    ``likelihoods`` are the kinds of units it has a meaning for, ``data`` what its groups may be (any one of these);
+    ``moving_reference`` says that it is what its name says only with a reference that follows the policy.
+
     Without terms (SFT) they are those of the implicit reward, where a missing reference counts as zeros.
 
     Raises:
@@ -218,6 +253,9 @@ class Objective:
     terms: tuple[Term, ...] = ()
     regularisers: tuple[Regulariser, ...] = ()
     policy: str = "policy"
+    likelihoods: frozenset[Kind] = ANY_LIKELIHOOD
+    data: tuple[Data, ...] = ("pairs",)
+    moving_reference: bool = False
 
     def __post_init__(self) -> None:
         if not self.terms and not self.regularisers:
@@ -238,7 +276,22 @@ class Objective:
     @property
     def group_separable(self) -> bool:
         """Whether each group's loss depends on that group alone, so that micro-batches give the gradient of the whole batch."""
-        return all(term.group_separable for term in self.terms)
+        return all(part.group_separable for part in (*self.terms, *self.regularisers))
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the mean loss over noise levels is an upper bound of the loss of their mean log-ratio (Jensen): every loss is
+        convex in it, and no link bends it before. Otherwise the objective is a heuristic for denoising models."""
+        return all(
+            term.loss.convex_in_difference and isinstance(term.link, Identity) and term.coefficient >= 0.0
+            for term in self.terms
+        )
+
+    @property
+    def reference_needs(self) -> frozenset[str]:
+        """Capabilities of the reference's scores besides its values: a reference that is cached as values has none of them."""
+        dense = frozenset({"dense_kl"}) & self.needs  # taken against whole distributions of the reference
+        return dense.union(*(term.loss.reference_needs for term in self.terms))
 
     def __call__(self, scores: Mapping[str, Scores], batch: Batch, *, beta: float | Tensor) -> Outcome:
         """The loss of each group of ``batch``, with gradient, and its statistics. ``beta``: a number, or one a group (G,)."""
@@ -249,8 +302,17 @@ class Objective:
         loss = torch.stack(parts).sum(0)
         if batch.weight is not None:
             loss = loss * batch.weight.to(loss)
-        statistics = outcomes[0].statistics if outcomes else statistics_of(_OBSERVER.score(observed))
-        return Outcome(loss, statistics)
+        return Outcome(loss, self._statistics(outcomes, observed))
+
+    def _statistics(self, outcomes: list[Outcome], observed: View) -> dict[str, Tensor]:
+        """Those of the first term. Where it has no reference and one is scored all the same, its values and the log-ratios to
+        it are reported, for the displacement of winner and loser."""
+        if outcomes and (self.terms[0].reference is not None or observed.reference is None):
+            return outcomes[0].statistics
+        seen = statistics_of(_OBSERVER.score(observed))
+        if not outcomes:
+            return seen
+        return outcomes[0].statistics | {name: seen[name] for name in ("reference_value", "logratio") if name in seen}
 
     def _observe(self, scores: Mapping[str, Scores], batch: Batch, beta: float | Tensor) -> View:
         reference = scores.get("reference")
@@ -261,12 +323,37 @@ class Objective:
         asked += [(self.policy, regulariser.needs) for regulariser in self.regularisers]
         for seat, needs in asked:
             provides = _seat(scores, seat).provides
+            kind = _seat(scores, seat).unit.kind
+            if kind not in self.likelihoods:
+                raise UserError(
+                    f"objective {self.name!r} has no meaning for scores of {LIKELIHOOD_WORDS[kind]}: it is for "
+                    f"{in_words(self.likelihoods)}. `polyalign explain objective` lists the others."
+                )
             missing = needs - provides
             if missing:
                 raise UserError(
-                    f"objective {self.name!r} needs {_words(missing)} from the scores of the {seat} seat, and this likelihood "
-                    f"provides only {_words(provides)}. {_REMEDY}"
+                    f"objective {self.name!r} needs {capability_words(missing)} from the scores of the {seat} seat, and "
+                    f"this likelihood provides only {capability_words(provides)}. {_REMEDY}"
                 )
+        for term in self.terms:
+            given = frozenset() if term.reference is None or term.reference not in scores else scores[term.reference].provides
+            if term.loss.reference_needs - given:
+                raise UserError(
+                    f"objective {self.name!r} needs {capability_words(term.loss.reference_needs)} from the reference as well. "
+                    "Score it live (train.reference.seat: adapter_off, frozen or ema); a cached one keeps values only."
+                )
+
+
+LIKELIHOOD_WORDS: Mapping[Kind, str] = {
+    "token": "tokens (text, vision-language)",
+    "timestep": "denoising models (image, audio, video, LiDAR)",
+    "position": "masked positions (MAR)",
+    "surrogate": "surrogates (score differences)",
+}
+
+
+def in_words(likelihoods: frozenset[Kind]) -> str:
+    return ", ".join(words for kind, words in LIKELIHOOD_WORDS.items() if kind in likelihoods)
 
 
 _CAPABILITIES = {
@@ -279,7 +366,8 @@ _CAPABILITIES = {
 _REMEDY = "Take an objective that needs less (`polyalign explain objective` lists them), or a likelihood that provides it."
 
 
-def _words(capabilities: frozenset[str]) -> str:
+def capability_words(capabilities: frozenset[str]) -> str:
+    """Capabilities of scores, by name and in words."""
     if not capabilities:
         return "nothing"
     return " and ".join(f"{name} ({_CAPABILITIES.get(name, 'a capability of its own')})" for name in sorted(capabilities))

@@ -80,6 +80,42 @@ class View:
         """The preferred candidate's entry of ``values`` (G, K): (G,)."""
         return values.gather(1, self.chosen.unsqueeze(1)).squeeze(1)
 
+    @property
+    def desirability(self) -> Tensor:
+        """(G, K), 1 for a desirable candidate and 0 for an undesirable one: the labels of unpaired data where the batch has
+        them, otherwise the target, which makes of a pair one of each.
+
+        Raises:
+            UserError: single candidates without labels.
+        """
+        if self.batch.desirable is not None:
+            return self.batch.desirable.to(self.policy_values)
+        if self.target.shape[1] == 1:
+            raise UserError(
+                "single candidates need a label each, desirable or not, and these have none. Give every group 'desirable', or "
+                "make pairs, whose preferred candidate counts as desirable and whose other one as undesirable"
+            )
+        return self.target
+
+    @property
+    def beta_of_group(self) -> float | Tensor:
+        """beta for arithmetic on (G, K): a number, or (G, 1)."""
+        return self.beta.to(self.policy_values).unsqueeze(1) if isinstance(self.beta, Tensor) else self.beta
+
+    def of_candidates(self, places: tuple[int, ...]) -> View:
+        """The view of some candidates of each group: a comparison of a few among several."""
+
+        def part(scores: Scores) -> Scores:
+            return scores.of_candidates(places)
+
+        return replace(
+            self,
+            policy=part(self.policy),
+            reference=None if self.reference is None else part(self.reference),
+            batch=self.batch.of_candidates(places),
+            scores={seat: part(scores) for seat, scores in self.scores.items()},
+        )
+
     def with_policy_values(self, values: Tensor) -> View:
         """The same view with other policy values (G, K, U)."""
         return replace(self, policy=replace(self.policy, values=values))

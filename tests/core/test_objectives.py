@@ -3,67 +3,43 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from polyalign.core.candidates import Batch
 from polyalign.core.errors import UserError
-from polyalign.core.objectives import TABLE, Objective, ObjectiveSpec, Row, build, spec_type
-from polyalign.core.objectives.losses import Listwise, Logistic
+from polyalign.core.objectives import TABLE, Objective, build
+from polyalign.core.objectives.losses import Listwise
 from polyalign.core.objectives.objective import Term
-from polyalign.core.objectives.table import PreferenceParameters, preference
-from polyalign.core.scores import Scores, Unit
+from polyalign.core.objectives.rows import AnchoredParameters
+from polyalign.core.objectives.table import SPEC
+from polyalign.core.scores import Unit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from objective_cases import (  # noqa: E402  # pyright: ignore[reportMissingImports]
+    COUPLED,
+    OUTPUT_ROWS,
+    PREFERENCE_ROWS,
+    batch,
+    losses,
+    outcome_of,
+    scores,
+    spec,
+)
 
 torch.set_num_threads(1)
-TOKENS = Unit("token")
-SPEC = TypeAdapter(ObjectiveSpec)
-FILLED = {"ipo": {"reduction": "sum"}, "sdpo": {"safeguard_scope": "group"}}
 RATIOS = st.lists(st.tuples(*[st.floats(-30, 30)] * 2), min_size=1, max_size=4)
-
-
-def spec(name: str, **options):
-    return SPEC.validate_python({"name": name, **FILLED.get(name, {}), **options})
-
-
-def scores(values, *, unit: Unit = TOKENS, mask=None) -> Scores:
-    """Values (G, K), (G, K, U) or (G, K, U) with a residual whose mean square they are (timesteps)."""
-    values = torch.as_tensor(values)
-    values = values if values.ndim == 3 else values.unsqueeze(-1)
-    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    residual = (-values).clamp(min=0).sqrt().unsqueeze(-1).expand(*values.shape, 4) if unit.kind == "timestep" else None
-    return Scores(values, mask, unit, residual=residual)
-
-
-def batch(target, margins=None, weight=None) -> Batch:
-    target = torch.as_tensor(target, dtype=torch.float64)
-    return Batch(tuple(str(n) for n in range(len(target))), target, margins=margins, weight=weight)
-
-
-def losses(objective: Objective, ratios, *, beta: float = 1.0, target=None, margins=None, unit: Unit = TOKENS):
-    """The outcome on log-ratios (G, K) and its gradient by them; the reference is some fixed number."""
-    ratios = torch.as_tensor(ratios, dtype=torch.float64)
-    reference = torch.full_like(ratios, -7.0)
-    policy = (ratios + reference).requires_grad_(True)
-    target = [[1.0] + [0.0] * (ratios.shape[1] - 1)] * len(ratios) if target is None else target
-    seats = {"policy": scores(policy, unit=unit), "reference": scores(reference, unit=unit)}
-    outcome = objective(seats, batch(target, margins), beta=beta)
-    (gradient,) = torch.autograd.grad(outcome.loss.sum(), policy)
-    return outcome, gradient
-
-
-MARGINS = torch.tensor([[0.3, -0.4]] * 4, dtype=torch.float64)
-PREFERENCE_ROWS = sorted(set(TABLE) - {"sft"})
-
-
-def outcome_of(name: str, ratios, beta: float = 0.7, **options):
-    unit = Unit("timestep", elements=4, steps=10) if name == "sdpo" else TOKENS
-    margins = MARGINS[: len(ratios)] if name == "modpo" else None
-    return losses(build(spec(name, **options)), ratios, beta=beta, margins=margins, unit=unit)
+TWO_CANDIDATES = [name for name in PREFERENCE_ROWS if name not in ("rdpo", "mcm_dpo")]
+STARTS_AT_LN_2 = ["dpo", "cdpo", "robust", "f_dpo", "sdpo", "sigmoid_norm", "tr_dpo", "online_dpo", "aot", "aot_unpaired"]
+BY_VALUES = [name for name in PREFERENCE_ROWS if name not in OUTPUT_ROWS]
+UNSWAPPABLE = ("modpo", "aot", "aot_unpaired", "rdpo", "mcm_dpo", *OUTPUT_ROWS)
+"""Margins stay where they are; a sorted batch has no soft target; visual candidates have places."""
 
 
 class TestEveryRow:
@@ -77,7 +53,7 @@ class TestEveryRow:
         assert row.needs <= build(spec(name)).needs
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("name", ["dpo", "cdpo", "robust", "f_dpo", "sdpo"])
+    @pytest.mark.parametrize("name", STARTS_AT_LN_2)
     def test_starts_at_exactly_ln_2(self, name, dtype):
         values = -torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
         unit = Unit("timestep", elements=4, steps=10)
@@ -94,9 +70,9 @@ class TestEveryRow:
         outcome = build(spec(name))({"policy": scores(values), "reference": scores(values)}, batch([[1.0, 0.0]] * 3), beta=0.1)
         assert outcome.loss.dtype == torch.float32
 
-    @pytest.mark.parametrize("name", [name for name in PREFERENCE_ROWS if name not in ("modpo", "sdpo")])
+    @pytest.mark.parametrize("name", [name for name in PREFERENCE_ROWS if name not in UNSWAPPABLE])
     @settings(max_examples=25, deadline=None)
-    @given(ratios=RATIOS, p=st.floats(0, 1))
+    @given(ratios=RATIOS, p=st.floats(0, 1).filter(lambda p: p != 0.5))
     def test_swapping_the_candidates_with_the_target_changes_nothing(self, name, ratios, p):
         objective = build(spec(name))
         plain, gradient = losses(objective, ratios, target=[[p, 1 - p]] * len(ratios))
@@ -104,32 +80,53 @@ class TestEveryRow:
         torch.testing.assert_close(plain.loss, swapped.loss)
         torch.testing.assert_close(gradient, mirrored.flip(1))
 
-    @pytest.mark.parametrize("name", PREFERENCE_ROWS)
+    @pytest.mark.parametrize("name", [name for name in PREFERENCE_ROWS if name != "dspo"])
     def test_gradient_is_that_of_finite_differences(self, name):
         ratios = [[0.4, -0.8], [-1.3, 0.2], [0.05, 0.0]]
-        _, gradient = outcome_of(name, ratios, sft=0.3, anchor=0.2)
+        options = {"sft": 0.3, "anchor": 0.2} if issubclass(TABLE[name].parameters, AnchoredParameters) else {}
+        options |= {"baseline": "none"} if name in ("kto", "diffusion_kto") else {}  # a baseline has no gradient
+        outcome, gradient = outcome_of(name, ratios, **options)
         step = 1e-6
         for place in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
-            up, down = torch.tensor(ratios, dtype=torch.float64), torch.tensor(ratios, dtype=torch.float64)
-            up[tuple(place)] += step
-            down[tuple(place)] -= step
-            slope = (
-                outcome_of(name, up, sft=0.3, anchor=0.2)[0].loss - outcome_of(name, down, sft=0.3, anchor=0.2)[0].loss
-            ).sum()
-            expected = float(slope.detach()) / (2 * step)
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = torch.tensor(ratios, dtype=torch.float64)
+                moved[tuple(place)] += sign * step
+                ends.append(float(outcome_of(name, moved, **options)[0].loss.sum().detach()))
+            expected = (ends[0] - ends[1]) / (2 * step)
             if name == "sdpo" and place[1] == 1:  # the rejected candidate's gradient is scaled, which no value shows
-                expected *= float(outcome_of(name, ratios)[0].statistics["rejected_scale"][place[0]])
+                expected *= float(outcome.statistics["rejected_scale"][place[0]])
             assert math.isclose(float(gradient[tuple(place)]), expected, rel_tol=1e-5, abs_tol=1e-8)
 
-    @pytest.mark.parametrize("name", [name for name in PREFERENCE_ROWS if name != "sdpo"])
+    @pytest.mark.parametrize("name", BY_VALUES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_is_finite_at_extreme_ratios(self, name, dtype):
-        ratios = torch.tensor([[-500, 500], [500, -500], [-500, -500], [500, 500]], dtype=dtype).requires_grad_(True)
-        seats = {"policy": scores(ratios), "reference": scores(torch.zeros_like(ratios))}
-        outcome = build(spec(name))(seats, batch([[1.0, 0.0]] * 4, MARGINS), beta=0.5)
-        outcome.loss.sum().backward()
-        assert outcome.loss.isfinite().all() and ratios.grad is not None and ratios.grad.isfinite().all()
+        ratios = [[-500, 500], [500, -500], [-500, -500], [500, 500]]
+        outcome, gradient = losses(build(spec(name)), ratios, dtype=dtype, beta=0.5)
+        assert outcome.loss.isfinite().all() and gradient.isfinite().all()
         assert all(value.isfinite().all() for value in outcome.statistics.values())
+
+    @pytest.mark.parametrize("name", TWO_CANDIDATES)
+    def test_policy_equal_to_reference_has_a_margin_of_exactly_zero(self, name):
+        objective = build(spec(name))
+        margin = losses(objective, [[0.0, 0.0]] * 3)[0].statistics["margin"]
+        if name in ("modpo", "simpo", "alphapo"):  # a margin is asked for on top
+            assert margin.ne(0.0).all()
+        else:
+            assert margin.eq(0.0).all()
+
+    @pytest.mark.parametrize("name", [name for name in PREFERENCE_ROWS if name not in COUPLED])
+    def test_groups_do_not_depend_on_each_other_unless_the_objective_says_so(self, name):
+        objective = build(spec(name))
+        assert objective.group_separable
+        ratios = [[0.4, -0.8], [-1.3, 0.2], [0.05, 0.0]]
+        together = losses(objective, ratios)[0].loss
+        alone = [losses(objective, [ratio])[0].loss for ratio in ratios]
+        torch.testing.assert_close(together, torch.cat(alone))
+
+    @pytest.mark.parametrize("name", COUPLED)
+    def test_coupled_rows_say_so(self, name):
+        assert not build(spec(name)).group_separable
 
     def test_group_weight_multiplies_loss_and_gradient_but_no_statistic(self):
         objective = build(spec("dpo", anchor=0.5))
@@ -211,21 +208,24 @@ class TestValues:
         assert outcome.loss.tolist() == [0.5, 0.0, 0.0]
         assert gradient[:, 0].tolist() == [-1.0, 0.0, 0.0]
 
-    def test_modpo_divides_by_its_weight_and_subtracts_the_margins(self):
-        margins = torch.tensor([[0.2, -0.5]], dtype=torch.float64)
-        outcome, gradient = losses(build(spec("modpo", weight=0.25)), [[1.0, -2.0]], beta=0.1, margins=margins)
-        u = [(0.1 - 0.2) / 0.25, (-0.2 + 0.5) / 0.25]
+    @pytest.mark.parametrize("weight", [0.25, 1.0])
+    def test_modpo_divides_by_its_weight_and_subtracts_the_margins(self, weight):
+        outcome, gradient = losses(build(spec("modpo", weight=weight)), [[1.0, -2.0]], beta=0.1)  # margins 0.3 and -0.4
+        u = [(0.1 - 0.3) / weight, (-0.2 + 0.4) / weight]
         assert outcome.statistics["reward"].tolist() == [[pytest.approx(u[0]), pytest.approx(u[1])]]
         assert outcome.loss.item() == pytest.approx(math.log(1 + math.exp(u[1] - u[0])))
-        assert float(gradient[0, 0]) == pytest.approx(-0.4 / (1 + math.exp(u[0] - u[1])))
+        assert float(gradient[0, 0]) == pytest.approx(-0.1 / weight / (1 + math.exp(u[0] - u[1])))
+        hinge, _ = losses(build(spec("modpo", weight=weight, loss="hinge")), [[1.0, -2.0]], beta=0.1)
+        assert hinge.loss.item() == pytest.approx(1 - (u[0] - u[1]))
 
     def test_modpo_with_no_margins_is_dpo_with_beta_over_w_and_missing_ones_are_named(self):
+        seats = {"policy": scores(torch.tensor([[1.0, -2.0]], dtype=torch.float64))}
         zero = torch.zeros(1, 2, dtype=torch.float64)
-        modpo, _ = losses(build(spec("modpo", weight=0.5)), [[1.0, -2.0]], beta=0.1, margins=zero)
-        dpo, _ = losses(build(spec("dpo")), [[1.0, -2.0]], beta=0.2)
+        modpo = build(spec("modpo", weight=0.5))(seats, batch([[1.0, 0.0]], zero), beta=0.1)
+        dpo = build(spec("dpo"))(seats, batch([[1.0, 0.0]]), beta=0.2)
         torch.testing.assert_close(modpo.loss, dpo.loss)
         with pytest.raises(UserError, match="no margins"):
-            losses(build(spec("modpo")), [[1.0, -2.0]])
+            build(spec("modpo"))(seats, batch([[1.0, 0.0]]), beta=0.1)
 
     def test_listwise_over_a_pair_is_cdpo(self):
         listwise = Objective("listwise", terms=(Term(Listwise()),))
@@ -276,23 +276,3 @@ class TestRecipe:
     def test_a_name_of_no_row_is_refused_in_words(self):
         with pytest.raises(UserError, match="not in the table; allowed: cdpo, dpo"):
             build(spec("f_dpo"), {name: TABLE[name] for name in ("cdpo", "dpo")})
-
-    def test_a_new_objective_is_one_row(self):
-        class SimPO(PreferenceParameters):
-            name: Literal["simpo"] = "simpo"
-
-        row = Row(
-            name="simpo",
-            summary="Reference-free, length-normalised.",
-            formula="-log sigma(beta (l_w/n_w - l_l/n_l))",
-            source="arXiv 2405.14734",
-            differences="None.",
-            parameters=SimPO,
-            build=lambda p: preference(p, "simpo", Logistic(), reference=None),
-        )
-        table = {**TABLE, row.name: row}
-        chosen = TypeAdapter(spec_type(table)).validate_python({"name": "simpo", "beta": {"value": 2.0, "convention": "nats"}})
-        objective = build(chosen, table)
-        assert objective.seats == ("policy",)
-        outcome, _ = losses(objective, [[3.0, 1.0]], beta=2.0)
-        assert outcome.loss.item() == pytest.approx(math.log(1 + math.exp(-4.0)))

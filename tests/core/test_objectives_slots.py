@@ -14,8 +14,9 @@ from torch import Tensor
 from polyalign.core.candidates import Batch
 from polyalign.core.errors import UserError
 from polyalign.core.objectives import Objective, Term
-from polyalign.core.objectives.links import CAP_MARGIN, AlphaDivergence, Identity, JensenShannon
-from polyalign.core.objectives.losses import Hinge, Listwise, Logistic, Robust, Scored, Square
+from polyalign.core.objectives.links import AlphaDivergence, Identity, JensenShannon
+from polyalign.core.objectives.losses import Flags, Hinge, Listwise, Logistic, Robust, Scored, Square
+from polyalign.core.objectives.numerics import exponent_cap
 from polyalign.core.objectives.offsets import ConstantMargin, RewardMargins
 from polyalign.core.objectives.regularisers import AddedSFT, WinnerAnchor
 from polyalign.core.objectives.view import NOTHING, View
@@ -169,12 +170,12 @@ class TestLinks:
     def test_above_the_cap_the_gradient_stays(self):
         ratio = torch.tensor([-200.0, -400.0], requires_grad=True)
         AlphaDivergence(1.0).difference(ratio, torch.zeros(2)).sum().backward()
-        slope = math.exp(math.log(torch.finfo(torch.float32).max) - CAP_MARGIN)
+        slope = math.exp(exponent_cap(torch.float32))
         assert ratio.grad is not None
         torch.testing.assert_close(ratio.grad, torch.full((2,), slope))
 
     def test_the_continuation_touches_the_exponential(self):
-        cap = math.log(torch.finfo(torch.float64).max) - CAP_MARGIN
+        cap = exponent_cap(torch.float64)
         link, zero = AlphaDivergence(1.0), number(0.0)
         below, above = (float(link.difference(number(-cap + step), zero)) for step in (1e-6, -1e-6))
         assert above / below == pytest.approx(1.0 + 2e-6, rel=1e-9)
@@ -208,6 +209,7 @@ class TestOffsets:
             needs: frozenset[str] = frozenset({"dense_kl"})
             seats: tuple[str, ...] = ()
             carries_gradient: bool = True
+            group_separable: bool = True
 
             def __call__(self, view: View) -> Tensor:
                 assert view.policy.dense is not None and view.policy.dense.kl is not None
@@ -260,11 +262,9 @@ class TestTerms:
 
     def test_a_pointwise_loss_sees_absolute_scores(self):
         @dataclass(frozen=True)
-        class NCA:
+        class NCA(Flags):
             name: str = "nca"
             shift_invariant: bool = False
-            convex_in_difference: bool = True
-            group_separable: bool = True
 
             def __call__(self, scored: Scored) -> Tensor:
                 win, lose = scored.absolute.unbind(1)
@@ -279,10 +279,8 @@ class TestTerms:
 
     def test_a_batch_coupled_loss_is_marked_and_takes_no_sample_weight(self):
         @dataclass(frozen=True)
-        class AOT:
+        class AOT(Flags):
             name: str = "aot"
-            shift_invariant: bool = True
-            convex_in_difference: bool = True
             group_separable: bool = False
 
             def __call__(self, scored: Scored) -> Tensor:

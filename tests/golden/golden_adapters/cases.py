@@ -1,8 +1,9 @@
 """Golden vectors: from a file's ``inputs`` and ``params`` to calls of ours.
 
 Which adapter serves a file is decided by the file's name: ``vectors/NAME.json`` by ``golden_adapters/NAME.py``, which has
-``METHODS`` (method -> check of one case) and ``NOT_IN_PLACE`` (method -> why it waits). So another set of vectors with the same
-structure runs unchanged.
+``METHODS`` (method -> check of one case), ``NOT_IN_PLACE`` (method -> why it waits) and, where needed, ``NOT_COMPARED``
+(method -> why ours is meant to differ, or there is nothing right to compare with). A case's method stands in its ``params``,
+or is what the adapter's ``method_of(content)`` says. So another set of vectors with the same structure runs unchanged.
 """
 
 from __future__ import annotations
@@ -49,15 +50,21 @@ def load_cases(folder: Path) -> list[Case]:
         if adapter is None:
             continue
         for number, content in enumerate(json.loads(path.read_text(encoding="utf-8"))["cases"]):
-            method = content["params"].get("method", path.stem)
+            named = content["params"].get("method", path.stem)
+            method = adapter.method_of(content) if hasattr(adapter, "method_of") else named
             check = adapter.METHODS.get(method)
-            missing = None
-            if check is None:
-                waits = adapter.NOT_IN_PLACE.get(method, "the adapter of its file does not know this method")
-                missing = f"not in place yet: {method} ({waits})"
+            missing = None if check else _why_not(adapter, method)
             name = "-".join([path.stem, f"{number:02d}", method, *_details(content["params"])])
             cases.append(Case(name, content["inputs"], content["params"], content["outputs"], check, missing))
     return cases
+
+
+def _why_not(adapter: ModuleType, method: str) -> str:
+    differs = getattr(adapter, "NOT_COMPARED", {}).get(method)
+    if differs is not None:
+        return f"not compared: {method} ({differs})"
+    waits = adapter.NOT_IN_PLACE.get(method, "the adapter of its file does not know this method")
+    return f"not in place yet: {method} ({waits})"
 
 
 def unknown_files(folder: Path) -> list[str]:
@@ -65,8 +72,9 @@ def unknown_files(folder: Path) -> list[str]:
 
 
 def _details(params: dict[str, Any]) -> list[str]:
-    named = ("loss_type", "norm_type", "halo", "adv_mode", "model", "beta", "beta_dpo", "winner_preserving_mu")
-    return [str(params[name]).rsplit("/", 1)[-1] for name in named if params.get(name) is not None]
+    named = ("loss_type", "divergence", "norm_type", "halo", "adv_mode", "model", "tag", "beta", "beta_dpo", "ld_alpha")
+    shown = [params[name] for name in (*named, "winner_preserving_mu") if params.get(name) is not None]
+    return ["+".join(value) if isinstance(value, list) else str(value).rsplit("/", 1)[-1] for value in shown]
 
 
 def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from golden_adapters.cases import Case, agree, tensor
 from golden_adapters.pairs import STEPS, grouped, pair_batch, run, scores_of
+from golden_adapters.sequences import columns, evaluate
+from torch import Tensor
 
 from polyalign.core.likelihood.denoising import NoiseSchedule, squared_error_scores
-from polyalign.core.objectives import AutoBeta, build
-from polyalign.core.objectives.table import DPO, SDPO
+from polyalign.core.objectives import AutoBeta, Objective, Outcome, Term, build
+from polyalign.core.objectives.links import Clipped
+from polyalign.core.objectives.losses import Logistic
+from polyalign.core.objectives.table import DPO, SDPO, Parameters
+from polyalign.core.objectives.table_denoising import DMPO, DSPOParameters, MaPO
+from polyalign.core.objectives.table_pointwise import DiffusionKTO
 from polyalign.core.recipe import AutoBetaConfig, BetaConfig
-from polyalign.core.scores import Unit
+from polyalign.core.scores import Scores, Unit
 
 
 def _flow_dpo(case: Case) -> None:
@@ -90,21 +98,104 @@ def _dpo_with_safeguard(case: Case) -> None:
     assert torch.equal(plain.loss, outcome.loss), "the safeguard leaves values alone"
 
 
+def _mapo(case: Case) -> None:
+    params, target = case.params, tensor(case.inputs["target"])
+    beta = BetaConfig(value=params["num_train_timesteps"], convention="mean")
+    inputs = {**case.inputs, "ref_pred": case.inputs["model_pred"]}  # a reference that the objective does not ask for
+    outcome, gradient = run(MaPO(beta=beta, snr=params["snr_value"], weight=params["beta_mapo"]), inputs, target)
+    errors = -outcome.statistics["policy_value"]
+    agree("losses_w", errors[:, 0], case.outputs["losses_w"])
+    agree("losses_l", errors[:, 1], case.outputs["losses_l"])
+    agree("ratio_losses", errors[:, 0] - outcome.loss, case.outputs["ratio_losses"])
+    agree("loss", outcome.loss.mean(), case.outputs["loss"])
+    agree("gradient", gradient, case.outputs["grad"])
+
+
+def _diffusion_kto(case: Case) -> None:
+    """Single pictures with labels. The file has no gradient; that of finite differences takes its place."""
+    params, labels = case.params, torch.tensor(case.inputs["labels"])
+    baseline = {"batch": "batch", "sigmoid": "classes"}[params["bce_offset"]]
+    spec = DiffusionKTO.model_validate({"name": "diffusion_kto", "utility": params["halo"], "baseline": baseline})
+    objective = build(spec)
+    batch = replace(pair_batch(len(labels), 1), desirable=labels.bool().unsqueeze(1))
+    unit = Unit("timestep", elements=16, steps=STEPS)
+
+    def values(name: str) -> Tensor:
+        return -tensor(case.inputs[name]).reshape(-1, 1, 1)
+
+    def outcome_of(objective: Objective, policy: Tensor) -> Outcome:
+        pair = {"policy": policy, "reference": values("ref_losses")}
+        scores = {seat: Scores(given, torch.ones_like(given, dtype=torch.bool), unit) for seat, given in pair.items()}
+        return objective(scores, batch, beta=params["beta"])
+
+    outcome = outcome_of(objective, values("model_losses"))
+    agree("l_kto", outcome.loss, case.outputs["l_kto"])
+    agree("acc", outcome.statistics["accuracy"].mean(), case.outputs["acc"])
+    log_ratio = outcome.statistics["logratio"][:, 0]
+    z = log_ratio - outcome.statistics["reward"][:, 0] / params["beta"]
+    agree("kl", z, [case.outputs["kl"]] * len(z), atol=1e-9)
+    unshifted = build(spec.model_copy(update={"baseline": "none"}))
+    policy = (values("model_losses") - z.reshape(-1, 1, 1)).requires_grad_(True)
+    same = outcome_of(unshifted, policy)
+    agree("with z taken off beforehand", same.loss, case.outputs["l_kto"])
+    same.loss.sum().backward()
+    step = 1e-8
+    up, down = (outcome_of(unshifted, policy.detach() + sign * step).loss for sign in (1.0, -1.0))
+    assert policy.grad is not None
+    agree("gradient", policy.grad.flatten(), ((up - down) / (2.0 * step)).tolist(), rtol=1e-4, atol=1e-5 * params["beta"])
+
+
+def _dspo(case: Case) -> None:
+    params, beta = case.params, BetaConfig(value=case.params["beta_dpo"], convention="mean_half")
+    spec = DSPOParameters(
+        beta=beta,
+        correction=params["beta_dpo"],
+        form="sdxl_code" if params["sdxl_branch"] else "score_matching",
+        winner_safeguard=params["winner_preserving_mu"],
+    )
+    _successor(case, spec)
+
+
+def _dmpo(case: Case) -> None:
+    beta = BetaConfig(value=case.params["beta_dpo"], convention="mean_half")
+    _successor(case, DMPO(beta=beta, alpha=case.params["dmpo_alpha"], winner_safeguard=case.params["winner_preserving_mu"]))
+
+
+def _successor(case: Case, spec: Parameters) -> None:
+    outcome, gradient = run(spec, case.inputs, tensor(case.inputs["target"]))
+    statistics = outcome.statistics
+    agree("loss", outcome.loss.mean(), case.outputs["loss"])
+    agree("grad_model_pred", gradient, case.outputs["grad_model_pred"])
+    agree("inside_term", statistics["margin"], case.outputs["inside_term"])
+    agree("implicit_acc", (statistics["margin"] > 0).double().mean(), case.outputs["implicit_acc"])
+    if "rejected_scale" in statistics:
+        agree("lose_l_scale", statistics["rejected_scale"], [case.outputs["lose_l_scale"]] * len(statistics["margin"]))
+
+
+def _spo(case: Case) -> None:
+    """Per-step log-probabilities are given; their ratios are clipped by a link. The file has no gradient."""
+    low, high = math.log(1.0 - case.params["eps"]), math.log(1.0 + case.params["eps"])
+    objective = Objective("spo", terms=(Term(Logistic(), link=Clipped(low, high)),))
+    policy, reference = (columns(case.inputs, (f"{side}_w", f"{side}_l")) for side in ("logp", "ref_logp"))
+    result = evaluate(objective, policy, reference, beta=case.params["beta"])
+    ratios = (result.outcome.statistics["reward"] / case.params["beta"]).exp()
+    agree("ratios", ratios, columns(case.outputs, ("ratio_w", "ratio_l")).tolist())
+    agree("loss", result.outcome.loss.mean(), case.outputs["loss"])
+
+
 METHODS: dict[str, Callable[[Case], None]] = {
     "flow_dpo": _flow_dpo,
     "simpletuner_per_sample_error": _per_sample_error,
     "simpletuner_auto_beta": _auto_beta,
     "diffusion-dpo+sdpo": _dpo_with_safeguard,
+    "mapo": _mapo,
+    "diffusion_kto": _diffusion_kto,
+    "dspo": _dspo,
+    "dspo+sdpo": _dspo,
+    "dmpo": _dmpo,
+    "dmpo+sdpo": _dmpo,
+    "spo": _spo,
 }
-_NO_ROW = "no row of the objective table yet"
-_ONLINE = "its sampling loop is not here yet"
 NOT_IN_PLACE: dict[str, str] = {
-    "mapo": _NO_ROW,
-    "diffusion_kto": _NO_ROW,
-    "dspo": _NO_ROW,
-    "dspo+sdpo": _NO_ROW,
-    "dmpo": _NO_ROW,
-    "dmpo+sdpo": _NO_ROW,
-    "diffusion_nft": _ONLINE,
-    "spo": _ONLINE,
+    "diffusion_nft": "no preference objective: regressions on rewarded samples, whose loop is not here yet",
 }

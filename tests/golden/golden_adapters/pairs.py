@@ -44,8 +44,9 @@ def run(spec: Parameters, inputs: dict[str, Any], target: Tensor, *, effective: 
     """
     objective = build(spec)
     prediction = tensor(inputs["model_pred"]).requires_grad_(True)
-    policy = scores_of(prediction, target, keep_residual="output_gradient" in objective.needs)
-    scores = {"policy": policy, "reference": scores_of(tensor(inputs["ref_pred"]), target)}
+    keep = "output_gradient" in objective.needs
+    policy = scores_of(prediction, target, keep_residual=keep)
+    scores = {"policy": policy, "reference": scores_of(tensor(inputs["ref_pred"]), target, keep_residual=keep)}
     beta = Beta.of(spec.beta).effective(policy.unit) if effective is None else effective
     outcome = objective(scores, pair_batch(policy.values.shape[0]), beta=beta)
     outcome.loss.mean().backward()

@@ -1,0 +1,170 @@
+"""Rows of the table: lists of candidates, several seats, candidates that differ in the condition."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from polyalign.core.errors import UserError
+from polyalign.core.objectives.links import Clipped, Identity
+from polyalign.core.objectives.losses import Contrast, Listwise, Logistic, PlackettLuce
+from polyalign.core.objectives.objective import Objective, Term
+from polyalign.core.objectives.regularisers import ReferenceKL
+from polyalign.core.objectives.rows import TOKENS, Flip, Parameters, PreferenceParameters, Row, beta_of, preference
+from polyalign.core.objectives.weights import Mean, Sum
+from polyalign.core.recipe import BetaConfig
+
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class ADPO(Parameters):
+    name: Literal["adpo"] = "adpo"
+
+    loss: Literal["cross_entropy", "plackett_luce"] = "cross_entropy"
+    """`cross_entropy` with the target as it is; `plackett_luce` with the ranking that the target gives."""
+
+    reduction: Literal["sum", "mean"] = "sum"
+    """Over a candidate's units. The paper's lists are compared by means where their lengths differ."""
+
+    clip: float | None = Field(default=None, gt=0.0)
+    """Log-ratios are kept within this distance from 0, where their gradient ends; the authors' later code uses 5. Null: off."""
+
+    reference_kl: float = Field(default=0.0, ge=0.0)
+    """Weight of a KL to the anchor (k3, mean over all tokens of the batch, which couples the groups). Tokens only."""
+
+
+class OFSDPO(Parameters):
+    name: Literal["ofs_dpo"] = "ofs_dpo"
+
+    side: Literal["fast", "slow"] = "fast"
+    """Which of the two adapters is trained; the other one is the seat `partner`."""
+
+    alpha: float = Field(default=0.1, ge=0.0)
+    """Weight of the comparison of fast with slow. The authors' value is not public; 0.1 is our suggestion."""
+
+    label_smoothing: Flip = 0.0
+    """Share of labels taken to be wrong."""
+
+
+class RDPO(Parameters):
+    name: Literal["rdpo"] = "rdpo"
+
+    beta: BetaConfig = beta_of(0.1)
+    """How strongly a log-ratio counts, in nats."""
+
+    visual: float = Field(default=1.0, ge=0.0)
+    """Weight of the visual term: the same answer under the right and under a retrieved image."""
+
+    label_smoothing: Flip = 0.0
+    """Share of labels taken to be wrong."""
+
+
+class MCMDPO(Parameters):
+    name: Literal["mcm_dpo"] = "mcm_dpo"
+
+    beta: BetaConfig = beta_of(0.1)
+    """How strongly a log-ratio counts, in nats."""
+
+    weights: tuple[Weight, Weight, Weight, Weight, Weight, Weight, Weight] = (1.0, 0.5, 0.2, 0.5, 0.2, 0.2, 0.2)
+    """Weights of the comparisons of (context, image, text) all right with, in this order of what is wrong: text, image, image
+    and text, context, context and text, context and image, all three (the code's r3, r2, r5, r1, r4, r6, r7)."""
+
+    normaliser: float | None = Field(default=None, gt=0.0)
+    """What the weighted sum is divided by; null divides by the sum of the weights, which is the code's 2.8."""
+
+
+class OnlineDPO(PreferenceParameters):
+    name: Literal["online_dpo"] = "online_dpo"
+
+    label_smoothing: Flip = 0.0
+    """Share of judgements taken to be wrong."""
+
+
+def _adpo(parameters: ADPO) -> Objective:
+    term = Term(
+        Listwise() if parameters.loss == "cross_entropy" else PlackettLuce(),
+        weights=Mean() if parameters.reduction == "mean" else Sum(),
+        link=Identity() if parameters.clip is None else Clipped(-parameters.clip, parameters.clip),
+    )
+    penalty = (ReferenceKL(parameters.reference_kl),) if parameters.reference_kl else ()
+    return Objective("adpo", terms=(term,), regularisers=penalty)
+
+
+def _ofs(parameters: OFSDPO) -> Objective:
+    loss = Logistic(parameters.label_smoothing)
+    if parameters.side == "fast":
+        chase = Term(loss, reference="partner", coefficient=parameters.alpha)
+    else:
+        chase = Term(loss, policy="partner", reference="policy", trains="reference", coefficient=-parameters.alpha)
+    return Objective("ofs_dpo", terms=(Term(loss), chase))
+
+
+def _rdpo(parameters: RDPO) -> Objective:
+    loss = Logistic(parameters.label_smoothing)
+    visual = Term(loss, candidates=(0, 2), coefficient=parameters.visual)
+    return Objective("rdpo", terms=(Term(loss, candidates=(0, 1)), visual))
+
+
+def _mcm(parameters: MCMDPO) -> Objective:
+    divisor = sum(parameters.weights) if parameters.normaliser is None else parameters.normaliser
+    if not divisor:
+        raise UserError("objective.weights are all 0, so there is nothing to compare; give at least one of them a weight")
+    return Objective("mcm_dpo", terms=(Term(Contrast(tuple(weight / divisor for weight in parameters.weights))),))
+
+
+ROWS = (
+    Row(
+        name="adpo",
+        summary="A cross-entropy between a target over k candidates and the policy's share of them, seen from an anchor.",
+        formula="-sum_k q_k log softmax(beta r)_k, or the Plackett-Luce likelihood of the ranking by q",
+        source="arXiv 2510.18913; wk222/verlm@e4883c9 and @9b2152a verl/trainer/adpo/core_algos.py.",
+        differences="beta is the paper's 1/tau. Its Plackett-Luce code is wrong where a running maximum changes; ours is not. "
+        "Targets come with the data (softmax of rewards, say). The anchor is train.reference.seat: frozen, ema, adapter.",
+        parameters=ADPO,
+        data=("pairs", "lists"),
+        build=_adpo,
+    ),
+    Row(
+        name="online_dpo",
+        summary="DPO on fresh samples with a judge's preference as a target, which may be soft.",
+        formula="-p log sigma(beta h) - (1-p) log sigma(-beta h)",
+        source="arXiv 2402.04792; TRL 1.16 OnlineDPOTrainer loss_type sigmoid.",
+        differences="A tie is p = 1/2 (TRL: goes to the first). Sampling is the loop's part; on stored pairs this is dpo.",
+        parameters=OnlineDPO,
+        build=lambda p: preference(p, "online_dpo", Logistic(p.label_smoothing)),
+    ),
+    Row(
+        name="ofs_dpo",
+        summary="Two adapters, a fast and a slow one, that chase each other, so that learning goes on as margins grow.",
+        formula="fast: L(F|ref) + alpha L(F|S); slow: L(S|ref) - alpha L(F|S); L(a|b) = -log sigma(beta (h_a - h_b))",
+        source="arXiv 2406.05534, Eq. 3 to 6, as given by a public re-implementation; there is no code of the authors.",
+        differences="Not compared with code of the authors. The slow side's loss is unbounded below. Needs a driver with two "
+        "adapters: each is trained with its own side.",
+        parameters=OFSDPO,
+        build=_ofs,
+    ),
+    Row(
+        name="rdpo",
+        summary="Re-Align: DPO on the answer, and DPO on the image, under which the same answer should be less likely.",
+        formula="-log sigma(beta (r(y_w|v) - r(y_l|v))) - visual log sigma(beta (r(y_w|v) - r(y_w|v_l)))",
+        source="arXiv 2502.13146; taco-group/Re-Align@a82ce56 rDPOtrainer.py.",
+        differences="The paper's formula. The code scores both losers by the likeliest wrong token at each place instead, "
+        "which the paper does not say.",
+        parameters=RDPO,
+        likelihoods=TOKENS,
+        data=("visual triples",),
+        build=_rdpo,
+    ),
+    Row(
+        name="mcm_dpo",
+        summary="One comparison of (context, image, text) all right with all seven ways of being wrong.",
+        formula="-log sigma(beta sum_k w_k (r_0 - r_k) / sum_k w_k)",
+        source="LVUGAI/MCM-DPO@519439d llava/train/llava_trainer.py mcmdpo_loss.",
+        differences="None with normaliser 2.8. Fewer comparisons are weights of 0; the code keeps dividing by 2.8 then.",
+        parameters=MCMDPO,
+        likelihoods=TOKENS,
+        data=("visual eights",),
+        build=_mcm,
+    ),
+)

@@ -1,0 +1,38 @@
+"""rdpo.json: Re-Align's loss; its label log-probabilities and noise are no objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from golden_adapters.cases import Case, agree
+from golden_adapters.sequences import columns, evaluate
+
+from polyalign.core.objectives import build
+from polyalign.core.objectives.table_groups import RDPO
+
+CANDIDATES = ("chosen", "rejected", "imageless_chosen")
+
+
+def method_of(content: Mapping[str, Any]) -> str:
+    return content["params"]["fn"]
+
+
+def _check(case: Case) -> None:
+    sides = ("policy", "reference")
+    policy, reference = (columns(case.inputs, [f"{side}_{name}_logps" for name in CANDIDATES]) for side in sides)
+    free = case.params["reference_free"]
+    result = evaluate(build(RDPO()), policy, None if free else reference, beta=case.params["beta"])
+    agree("losses", result.outcome.loss, case.outputs["losses"])
+    for place, name in enumerate(("chosen", "rejected", "imageless")):
+        agree(f"grad_policy_{name}", result.summed[:, place], case.outputs[f"grad_policy_{name}"])
+    if not free:  # the original's rewards subtract the reference even where its loss does not
+        for place, name in enumerate(("chosen_rewards", "rejected_rewards")):
+            agree(name, result.outcome.statistics["reward"][:, place], case.outputs[name])
+
+
+METHODS: dict[str, Callable[[Case], None]] = {"rDPOTrainer.dpo_loss": _check}
+NOT_IN_PLACE: dict[str, str] = {
+    "_get_batch_logps/_get_noisy_batch_logps": "no objective: the scores of a vision-language model, which is not here yet",
+    "add_diffusion_noise": "no objective: noisy pictures for a vision-language model, which is not here yet",
+}
