@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROW_GROUP = 8  # rows read together: small, since training reads rows in random order
+OPEN_FILES = 128  # shards held open; many systems allow a process 1024 files, and a large import has thousands of shards
 _SHARD = re.compile(r"pairs-(\d{5})\.parquet")
 
 
@@ -53,7 +54,8 @@ class PairStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._opened: tuple[list[pq.ParquetFile], list[tuple[int, int]]] | None = None
+        self._layout: tuple[list[Path], list[tuple[int, int]]] | None = None
+        self._files: dict[int, pq.ParquetFile] = {}
 
     def shard_path(self, index: int) -> Path:
         return self.folder / f"pairs-{index:05d}.parquet"
@@ -80,7 +82,7 @@ class PairStore:
         path = self.shard_path(index)
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, table_bytes(table))
-        self._opened = None
+        self._forget()
         return path
 
     def clear(self) -> None:
@@ -88,10 +90,14 @@ class PairStore:
         remove_unfinished(self.folder)
         for path in self.shards():
             path.unlink()
-        self._opened = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Read anew what the folder holds, next time."""
+        self._layout, self._files = None, {}
 
     def __len__(self) -> int:
-        return len(self._open_shards()[1])
+        return len(self._shards_and_places()[1])
 
     def rows(self, indices: Sequence[int], *, decode: bool = True) -> list[dict[str, Any]]:
         """Rows by their position in the store, in the order asked for; only these rows' pictures are decoded, and with
@@ -100,7 +106,7 @@ class PairStore:
         Raises:
             IndexError: no such row. UserError: a picture of these rows does not decode, or a row is damaged otherwise.
         """
-        files, places = self._open_shards()
+        paths, places = self._shards_and_places()
         groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
         rows = []
         for index in indices:
@@ -109,8 +115,8 @@ class PairStore:
             shard, row = places[index]
             group = (shard, row // ROW_GROUP)
             if group not in groups:
-                groups[group] = files[shard].read_row_group(group[1]).to_pylist()
-            rows.append(self._read(groups[group][row % ROW_GROUP], shard, row, decode))
+                groups[group] = self._file(shard, paths[shard]).read_row_group(group[1]).to_pylist()
+            rows.append(self._read(groups[group][row % ROW_GROUP], paths[shard].name, row, decode))
         return rows
 
     def conditions(self) -> list[dict[str, Any]]:
@@ -118,20 +124,28 @@ class PairStore:
         tables = [pq.read_table(path, columns=["condition"]) for path in self._shards_or_error()]
         return [condition_of(row["condition"]) for table in tables for row in table.to_pylist()]
 
-    def _read(self, stored: dict[str, Any], shard: int, row: int, decode: bool) -> dict[str, Any]:
+    def _read(self, stored: dict[str, Any], shard: str, row: int, decode: bool) -> dict[str, Any]:
         try:
             return from_stored(stored, decoded=decode)
         except (ValueError, TypeError, KeyError) as error:
             problems = row_problems(stored) or [("row", str(error))]
-            raise UserError(_place(self.shards()[shard].name, row, stored, problems[0])) from error
+            raise UserError(_place(shard, row, stored, problems[0])) from error
 
-    def _open_shards(self) -> tuple[list[pq.ParquetFile], list[tuple[int, int]]]:
-        """Open files and, for every row of the store, (shard, row in the shard)."""
-        if self._opened is None:
-            files = [_open(path) for path in self._shards_or_error()]
-            places = [(shard, row) for shard, file in enumerate(files) for row in range(file.metadata.num_rows)]
-            self._opened = (files, places)
-        return self._opened
+    def _shards_and_places(self) -> tuple[list[Path], list[tuple[int, int]]]:
+        """The shards and, for every row of the store, (shard, row in the shard)."""
+        if self._layout is None:
+            paths = self._shards_or_error()
+            counts = [_open(path).metadata.num_rows for path in paths]
+            self._layout = paths, [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+        return self._layout
+
+    def _file(self, shard: int, path: Path) -> pq.ParquetFile:
+        """An open shard; of many the one opened first is closed for it."""
+        if shard not in self._files:
+            if len(self._files) == OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[shard] = _open(path)
+        return self._files[shard]
 
     def _shards_or_error(self) -> list[Path]:
         shards = self.shards()

@@ -13,6 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow raises for pictures it cannot read: cut off, damaged, of another kind, or absurdly large."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats that Pillow decodes itself. Bytes of any other are refused: for EPS, for one, it would start another program."""
+
 
 def encode_png(image: Image.Image) -> bytes:
     """Lossless RGB bytes without metadata; the same pixels give the same bytes on one machine."""
@@ -30,7 +33,7 @@ def decode(content: bytes | Image.Image) -> Image.Image:
         ValueError: the bytes are not a whole picture.
     """
     try:
-        opened = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+        opened = Image.open(io.BytesIO(content), formats=FORMATS) if isinstance(content, bytes) else content
         opened.load()
         upright = ImageOps.exif_transpose(opened)
         if upright.mode.startswith("I;16"):  # Pillow would cut 16-bit grey off at 255

@@ -7,31 +7,32 @@
       chosen/cat.txt    or  cat.txt           the caption
       captions.jsonl    or so, for all: {"file_name": "cat.png", "prompt": "a cat"} a line; other keys stay in the condition
 
-Everything is checked before anything is written, and all that is wrong is said at once. Picture files are kept byte for byte;
-the two pictures of a pair may differ in size and format.
+Everything is checked before anything is written, and all that is wrong is said at once; with ``on_bad_row: drop`` such pairs
+are left out and listed instead. Picture files are kept byte for byte; the two pictures of a pair may differ in size and format.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write, sha256_of
 from polyalign.datasets.files import listed
+from polyalign.datasets.formats.carrying import KEY, carried, pair_of
+from polyalign.datasets.formats.checking import check_picture, read_file
+from polyalign.datasets.formats.exporting import as_file, rows_of
+from polyalign.datasets.formats.importing import import_pairs
+from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.pairs import PairStore
-from polyalign.datasets.pictures import decode, fingerprint
 from polyalign.datasets.prompts import Condition, as_condition
 
 SIDES = ("chosen", "rejected")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CAPTIONS = "captions.jsonl"
-JUDGE = "user"  # whose preference it is: 1 for the chosen picture, 0 for the rejected one
-ROWS_PER_SHARD = 64
-_EXAMPLES = 8
 _CLUTTER = ("thumbs.db", "desktop.ini")
 
 
@@ -45,47 +46,62 @@ class FolderPair:
     condition: Condition
 
 
-def import_folders(folder: Path, store: PairStore) -> dict[str, Any]:
-    """Read ``folder``, fill ``store`` and write its ``summary.json``; returns the summary.
-
-    A pair whose two pictures are the same to the pixel holds no preference: it is left out and counted. Shards that the store
-    had before are replaced. Interrupted, the import is simply done again: it gives the same bytes.
+def import_folders(path: Path, store: PairStore, *, on_bad_row: OnBadRow = "error") -> dict[str, Any]:
+    """Read the folder ``path``, fill ``store`` and write its ``summary.json``; returns the summary.
 
     Raises:
-        UserError: whatever is wrong with the folder (see :func:`read_folders`), no pair left, or no room on the disk.
+        UserError: whatever is wrong with the folder (with ``on_bad_row="drop"`` only what concerns all of it; see
+            :func:`read_folders`), no pair left, another import in the store, or no room on the disk.
     """
-    folder = Path(folder)
-    pairs, duplicates = read_folders(folder)
-    if not pairs:
-        raise UserError(
-            f"{folder}: in all of the {len(duplicates)} pairs the two pictures are identical, so nothing is preferred"
-        )
-    store.clear()
-    for index, start in enumerate(range(0, len(pairs), ROWS_PER_SHARD)):
-        store.write_shard(index, [_row(pair, folder) for pair in pairs[start : start + ROWS_PER_SHARD]], judges=[JUDGE])
-    count = len(pairs) + len(duplicates)
-    summary = {
-        "prompts": len({pair.condition["prompt"] for pair in pairs}),
-        "samples": 2 * count,
-        "pairs": len(pairs),
-        "ties_dropped": 0,
-        "below_margin": 0,
-        "duplicates_dropped": len(duplicates),
-        "no_pair_prompts": len(duplicates),
-        "score_histogram": {"edges": [], "counts": []},  # a preference without scores
-        "judge": {"name": JUDGE, "version": "1"},
-        "examples": [{"pair_id": pair.name, "prompt": pair.condition["prompt"]} for pair in pairs[:_EXAMPLES]],
-        "duplicates": duplicates,
-    }
-    atomic_write(store.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    return summary
+    return import_pairs(Folders(Path(path), on_bad_row), store, on_bad_row=on_bad_row)
 
 
-def read_folders(folder: Path) -> tuple[list[FolderPair], list[str]]:
+class Folders(Source):
+    """The pairs of one folder, in the order of their names. Looked over as a whole before the first one is read."""
+
+    name = "folders"
+    judges = None
+
+    def __init__(self, path: Path, on_bad_row: OnBadRow = "error"):
+        self.path = path
+        self._around: list[str] = []
+        self.pairs, self.duplicates = read_folders(path, dropped=self._around if on_bad_row == "drop" else None)
+        self.names = sorted([*(pair.name for pair in self.pairs), *self.duplicates])
+
+    def identity(self) -> dict[str, Any]:
+        pictures = {self._shown(getattr(pair, side)): getattr(pair, side) for pair in self.pairs for side in SIDES}
+        conditions = json.dumps([pair.condition for pair in self.pairs], sort_keys=True, ensure_ascii=False)
+        return {"files": identity_of(pictures), "captions": sha256_of(conditions.encode()), "duplicates": self.duplicates}
+
+    def total(self) -> int:
+        return len(self.names)
+
+    def problems(self) -> list[str]:
+        return self._around
+
+    def entries(self, start: int) -> Iterator[Entry]:
+        pairs = {pair.name: pair for pair in self.pairs}
+        for name in self.names[start:]:
+            yield entry(f"pair {name}", self._read, name, pairs.get(name))
+
+    def _read(self, name: str, pair: FolderPair | None) -> Outcome:
+        if pair is None:
+            return Outcome(duplicates=[name])
+        origin = {side: self._shown(getattr(pair, side)) for side in SIDES}
+        chosen, rejected = (read_file(self.path, origin[side]) for side in SIDES)
+        return Outcome([replace(pair_of(name, pair.condition, chosen, rejected, origin), checked=True)])
+
+    def _shown(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+
+def read_folders(folder: Path, *, dropped: list[str] | None = None) -> tuple[list[FolderPair], list[str]]:
     """Pairs by name, and the names of those whose two pictures are identical. Every picture is decoded once, to be sure of it.
 
     Raises:
-        UserError: everything that is wrong, with the file it is about (the first 20 are shown).
+        UserError: everything that is wrong, with the file it is about (the first 20 are shown). Given a list ``dropped``, what
+        is
+            wrong with single pairs goes there instead, and these pairs are left out.
     """
     folder = Path(folder)
     absent = [f"{side}/" for side in SIDES if not (folder / side).is_dir()]
@@ -114,23 +130,11 @@ def read_folders(folder: Path) -> tuple[list[FolderPair], list[str]]:
         else:
             pairs.append(FolderPair(name, sides["chosen"][name], sides["rejected"][name], condition))
     problems += captions.unused(set(sides["chosen"]) | set(sides["rejected"]))
-    if problems:
+    if dropped is not None:
+        dropped += problems
+    elif problems:
         raise UserError(f"{folder}: {len(problems)} problem(s), nothing was imported:\n{listed(problems)}")
     return pairs, duplicates
-
-
-def _row(pair: FolderPair, folder: Path) -> dict[str, Any]:
-    contents = {side: getattr(pair, side).read_bytes() for side in SIDES}
-    origin = {side: getattr(pair, side).relative_to(folder).as_posix() for side in SIDES}
-    hashes = {f"{side}_sha256": sha256_of(contents[side]) for side in SIDES}
-    return {
-        "pair_id": pair.name,
-        "condition": pair.condition,
-        **contents,
-        "chosen_scores": {JUDGE: 1.0},
-        "rejected_scores": {JUDGE: 0.0},
-        "provenance": {"sampler": {"source": "folders", **origin, **hashes}, "judges": {JUDGE: {"version": "1"}}},
-    }
 
 
 def _inside(path: Path, folder: Path) -> bool:
@@ -170,7 +174,7 @@ def _pictures(folder: Path, side: str, problems: list[str]) -> dict[str, Path]:
 
 def _hash_of(path: Path, folder: Path, problems: list[str]) -> str | None:
     try:
-        return fingerprint(decode(path.read_bytes()))
+        return check_picture(path.read_bytes())
     except (ValueError, OSError) as error:
         problems.append(f"{path.relative_to(folder).as_posix()}: {error}")
         return None
@@ -264,3 +268,23 @@ def _caption_line(line: str) -> tuple[str, Condition]:
     condition = as_condition(entry)
     condition["prompt"] = " ".join(condition["prompt"].split())
     return stem, condition
+
+
+def export_folders(store: PairStore, folder: Path) -> None:
+    """``chosen/``, ``rejected/`` with ``000000.png``, ``chosen/000000.txt`` and ``captions.jsonl`` in ``folder``, numbered in
+    the store's order. PNG, JPEG and WebP byte for byte, others as PNG; line feeds and runs of spaces in a prompt become one
+    space."""
+    for side in SIDES:
+        (folder / side).mkdir()
+    written = []
+    for index, row in rows_of(store):
+        contents = []
+        for side in SIDES:
+            ending, content = as_file(row[side])
+            (folder / side / f"{index:06d}{ending}").write_bytes(content)
+            contents.append(content)
+        prompt = " ".join(row["condition"]["prompt"].split())
+        (folder / "chosen" / f"{index:06d}.txt").write_text(prompt + "\n", encoding="utf-8")
+        line = {"file_name": f"{index:06d}", "prompt": prompt, KEY: carried(row, *contents)}
+        written.append(json.dumps(line, ensure_ascii=False) + "\n")
+    atomic_write(folder / CAPTIONS, "".join(written))

@@ -6,16 +6,23 @@ Nothing here imports diffusers or loads a model, so that ``explain`` and ``--dry
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from polyalign.core.config import Section
 from polyalign.core.objectives.table import DPO, ObjectiveSpec
 from polyalign.core.recipe import Fraction, JudgeConfig, PairingConfig, ReportConfig, TrackingConfig, TrainSettings
+from polyalign.datasets.formats.table import FORMATS, checked_options
 
 ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of arms, which are also names of folders on every system."""
+
+if TYPE_CHECKING:
+    PairSource = str
+else:
+    PairSource = Literal[("generate", *FORMATS)]
+"""Where pairs come from: made here, or in one of the formats that can be read."""
 
 
 class LoraConfig(Section):
@@ -179,14 +186,30 @@ class PromptsConfig(Section):
 
 
 class PairsConfig(Section):
-    """Where preference pairs come from: made from prompts, or the user's own pictures."""
+    """Where preference pairs come from: made from prompts, or preferences that are there already, in one of many formats."""
 
-    source: Literal["generate", "folders"] = "generate"
+    source: PairSource = "generate"
     """`generate`: sample, judge, pair. `folders`: pictures in `chosen/` and `rejected/` with equal names, captions beside
-    them."""
+    them. `suffixes`: the same in one folder, NAME_w and NAME_l. `jsonl`: a line with prompt, chosen, rejected. `pickapic`:
+    Pick-a-Pic v2 parquet. `rows`: a data set with the columns prompt, chosen, rejected. `webdataset`: tar files. `rankings`:
+    several ranked pictures of a prompt. `store`: a pair store. `relabel`: a pair store, its pairs turned as `judges` prefer.
+    `own_samples`: pictures with captions, preferred to what the base draws for the same captions (self-play)."""
 
     folder: str | None = None
-    """For `folders`: what holds `chosen/` and `rejected/`."""
+    """For `folders`: what holds `chosen/` and `rejected/`; for `suffixes` and `own_samples`: what holds the pictures."""
+
+    path: str | None = None
+    """For `jsonl`, `pickapic`, `rows`, `webdataset`, `rankings`: the file, or the folder of files."""
+
+    store: str | None = None
+    """For `store` and `relabel`: the folder of the pair store, such as `runs/first/pairs`."""
+
+    options: dict[str, Any] = {}
+    """Settings of the format, by name, such as `split: train`; polyalign.datasets.formats documents them."""
+
+    on_bad_row: Literal["error", "drop"] = "error"
+    """For pairs that are read: a row that cannot be used stops the import, or is left out, counted and listed in
+    pairs/summary.json."""
 
     prompts: PromptsConfig | None = None
     """For `generate`: what to draw."""
@@ -198,18 +221,45 @@ class PairsConfig(Section):
     """For `generate`: prompts between two points at which an interrupted generation goes on."""
 
     judges: tuple[JudgeConfig, ...] = ()
-    """For `generate`: who decides; several are summed with their weights."""
+    """For `generate` and `relabel`: who decides; several are summed with their weights."""
 
     pairing: PairingConfig = PairingConfig()
     """For `generate`: how judged samples become pairs."""
 
     @model_validator(mode="after")
     def _complete(self) -> PairsConfig:
-        if self.source == "folders" and self.folder is None:
-            raise ValueError("source 'folders' needs 'folder', the one that holds chosen/ and rejected/")
-        if self.source == "generate" and (self.prompts is None or not self.judges):
-            raise ValueError("source 'generate' needs 'prompts' and at least one of 'judges'")
+        if self.source == "generate":
+            if self.prompts is None or not self.judges:
+                raise ValueError("source 'generate' needs 'prompts' and at least one of 'judges'")
+            if self.options:
+                raise ValueError("source 'generate' has no options")
+            return self
+        row = FORMATS[self.source]
+        if self.location is None:
+            raise ValueError(f"source '{self.source}' needs '{row.place}', {row.what}")
+        if row.needs == "judge" and not self.judges:
+            raise ValueError(f"source '{self.source}' needs at least one of 'judges'")
+        checked_options(self.source, self.options)
         return self
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the base draws pictures for the pairs."""
+        return self.source == "generate" or FORMATS[self.source].needs == "drawing"
+
+    @property
+    def location(self) -> str | None:
+        """The file or folder that the pairs, or the prompts to make them from, are read from."""
+        if self.source == "generate":
+            return self.prompts.file if self.prompts else None
+        return {"folder": self.folder, "path": self.path, "store": self.store}[FORMATS[self.source].place]
+
+    def inputs(self) -> dict[str, Any]:
+        """What the pairs depend on, besides the content of ``location``. Keys that came later are left out at their defaults,
+        so that finished runs stay finished."""
+        given = self.model_dump(mode="json", exclude={"path", "store"})
+        later = {"options": {}, "on_bad_row": "error"}
+        return {key: value for key, value in given.items() if key not in later or value != later[key]}
 
 
 class EvaluateConfig(Section):
@@ -219,7 +269,7 @@ class EvaluateConfig(Section):
     """Prompts that did not take part in training. Null: a share of the user's own captions is kept aside (see `held_out`)."""
 
     held_out: Fraction = 0.1
-    """For pairs from `folders` without prompts here: the share of pairs whose captions are kept out of training for this."""
+    """For pairs that are read, without prompts here: the share of pairs whose captions are kept out of training for this."""
 
     seeds_per_prompt: int = Field(default=1, ge=1)
     """Pictures of each prompt, each with its own seed."""

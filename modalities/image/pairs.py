@@ -1,4 +1,5 @@
-"""Preference pairs made automatically: prompts, k seeded samples of each, a judge, pairs; shard by shard.
+"""Preference pairs made automatically: prompts, k seeded samples of each, a judge, pairs; shard by shard. Preferences that are
+there already, in whatever format, are :func:`read_pairs`'s business.
 
 Every sample has its own seed, keyed by prompt and number, and the batches of a shard are always cut alike, so a shard's bytes
 do not depend on what was generated before it in the same process: after an interruption the missing shards are made, and the
@@ -27,15 +28,18 @@ from polyalign.core.files import atomic_write
 from polyalign.core.progress import ProgressLine
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.files import remove_unfinished
+from polyalign.datasets.formats.table import FORMATS, import_format
 from polyalign.datasets.pairing import Mode, Paired, histogram, pair_up
 from polyalign.datasets.pairs import PairStore, table_bytes
 from polyalign.datasets.pictures import fingerprint
-from polyalign.evaluation.judges import checked_scores
+from polyalign.evaluation.judges import checked_scores, panel
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from polyalign.core.adapter import Judge, Model
+    from polyalign.datasets.formats.own_samples import Drawing
+    from polyalign.modalities.image.config import PairsConfig
 
 Condition = Mapping[str, Any]
 Report = Callable[[int, int], None]
@@ -86,6 +90,27 @@ class Sample:
     seed: int
     score: float
     output_hash: str
+
+
+def read_pairs(pairs: PairsConfig, folder: Path, drawing: Drawing | None = None) -> dict[str, Any]:
+    """The pairs that a recipe reads instead of making them, into a pair store in ``folder``; returns the summary.
+
+    Args:
+        drawing: who draws the rejected pictures, for the sources that need it.
+
+    Raises:
+        UserError: whatever is wrong with the data; see :func:`polyalign.datasets.formats.importing.import_pairs`.
+    """
+    assert pairs.location is not None  # the schema asks for it
+    return import_format(
+        pairs.source,
+        pairs.location,
+        PairStore(folder),
+        on_bad_row=pairs.on_bad_row,
+        options=pairs.options,
+        judge=panel(pairs.judges) if FORMATS[pairs.source].needs == "judge" else None,
+        drawing=drawing,
+    )
 
 
 def generate_pairs(

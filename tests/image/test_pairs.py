@@ -1,7 +1,9 @@
 """Pairs from prompts: what is made, that a killed generation ends in the same bytes, and what is refused."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +22,10 @@ from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.pairs import PairStore
 from polyalign.modalities.image.pairs import GenerationSettings, generate_pairs, read_samples
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from image_runs import polyalign, recipe, write_recipe  # noqa: E402
 
 SETTINGS = GenerationSettings(samples_per_prompt=4, prompts_per_shard=3, batch_size=5, sampler={"steps": 7})
 CONDITIONS = [{"prompt": f"square {number}", "task": "colour", "wanted": number % 3} for number in range(8)]
@@ -229,3 +237,84 @@ def test_with_a_real_tiny_model(tmp_path, tiny_models):
     assert row["provenance"]["model_hash"].startswith("sha256:")
     again = adapter.sample(model, [row["condition"]], [row["provenance"]["chosen_seed"]])[0]
     assert again.tobytes() == row["chosen"].tobytes()
+
+
+# --- pairs that a recipe reads ------------------------------------------------------------------------------------------------
+
+
+def png(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def votes(tmp_path):
+    """Pick-a-Pic with a person who likes grey better than red three times of four, a tie and a bad label."""
+    rows = [
+        {"jpg_0": png((255, n, n)), "jpg_1": png((n, n, n)), "label_0": float(n == 3), "caption": f"square {n}"}
+        for n in range(4)
+    ]
+    rows += [{**rows[0], "label_0": 0.5}, {**rows[1], "label_0": 3.0}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "votes.parquet")
+    return tmp_path / "votes.parquet"
+
+
+def generated(base, tmp_path, name, pairs):
+    config = write_recipe(tmp_path / name, recipe(base, pairs=pairs))
+    return polyalign("generate", config, tmp_path / name / "run"), tmp_path / name / "run" / "pairs"
+
+
+def test_pairs_that_are_read_and_judged_anew(base, votes, tmp_path, capsys):
+    code, pairs = generated(base, tmp_path, "first", {"source": "pickapic", "path": str(votes)})
+    assert code == 2 and "votes.parquet row 5: label_0 must be 0, 0.5 or 1, found 3.0" in capsys.readouterr().err
+    assert PairStore(pairs).shards() == []
+    code, pairs = generated(base, tmp_path, "first", {"source": "pickapic", "path": str(votes), "on_bad_row": "drop"})
+    summary = json.loads((pairs / "summary.json").read_text())
+    assert code == 0 and (summary["pairs"], summary["ties_dropped"], summary["rows_dropped"]) == (4, 1, 1)
+    feedback = {"source": "relabel", "store": str(pairs), "judges": [{"name": "saturation"}]}
+    code, anew = generated(base, tmp_path, "second", feedback)
+    summary = json.loads((anew / "summary.json").read_text())
+    assert code == 0 and summary["disagreement"] == 0.75 and summary["judge"]["name"] == "saturation"
+    for row in PairStore(anew).rows(range(4)):
+        assert row["chosen"].getpixel((0, 0))[0] == 255
+        assert row["chosen_scores"]["saturation"] > row["rejected_scores"]["saturation"]
+    capsys.readouterr()
+    assert generated(base, tmp_path, "second", feedback)[0] == 0
+    assert "generate: done already" in capsys.readouterr().err
+
+
+def test_pictures_against_the_bases_own_samples(base, tmp_path):
+    (tmp_path / "real").mkdir()
+    for number in range(3):
+        (tmp_path / "real" / f"{number}.png").write_bytes(png((255, number, 0)))
+        (tmp_path / "real" / f"{number}.txt").write_text("a red square")
+    code, pairs = generated(base, tmp_path, "own", {"source": "own_samples", "folder": str(tmp_path / "real")})
+    rows = PairStore(pairs).rows(range(3))
+    assert code == 0 and [row["chosen"].getpixel((0, 0)) for row in rows] == [(255, number, 0) for number in range(3)]
+    assert len({row["rejected"].tobytes() for row in rows}) == 3 and rows[0]["rejected"].size == (32, 32)
+    assert rows[0]["provenance"]["model_hash"].startswith("sha256:") and rows[0]["provenance"]["sampler"]["steps"] == 2
+    before = PairStore(pairs).content_hash()
+    PairStore(pairs).shard_path(0).unlink()
+    assert generated(base, tmp_path, "own", {"source": "own_samples", "folder": str(tmp_path / "real")})[0] == 0
+    assert PairStore(pairs).content_hash() == before
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ({"source": "own_samples"}, "source 'own_samples' needs 'folder', the one that holds pictures and their captions"),
+        ({"source": "pickapik", "path": "x"}, "pairs.source: must be one of generate, folders, .*did you mean pickapic"),
+        ({"source": "jsonl"}, "source 'jsonl' needs 'path', a file of lines with prompt, chosen and rejected"),
+        ({"source": "relabel", "store": "x"}, "source 'relabel' needs at least one of 'judges'"),
+        ({"source": "relabel", "store": "x", "judges": [{"name": "nobody"}]}, "no judge 'nobody'"),
+        ({"source": "rows", "path": "x", "options": {"splt": "train"}}, "options: split, prompt, chosen, rejected"),
+        ({"source": "rows", "path": "x", "options": {"split": 3}}, "options.split: .*string"),
+        ({"source": "rows", "path": "x", "on_bad_row": "skip"}, "pairs.on_bad_row: must be one of error, drop|on_bad_row"),
+        ({"source": "rows", "path": "nowhere"}, "nowhere: no such file or folder"),
+    ],
+)
+def test_recipes_that_cannot_be_read_from(base, tmp_path, capsys, pairs, said):
+    code, folder = generated(base, tmp_path, "run", pairs)
+    assert code == 2 and not folder.exists()
+    assert re.search(said, capsys.readouterr().err)

@@ -1,0 +1,83 @@
+"""JSON lines: ``{"prompt": "a cat", "chosen": "pictures/1.png", "rejected": "pictures/2.png"}``.
+
+The paths are below the folder of the file; absolute ones, those that climb out (also through a link) and addresses are refused.
+Other keys stay in the condition, since judges may need them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polyalign.core.errors import UserError
+from polyalign.core.files import atomic_write
+from polyalign.datasets.formats.carrying import KEY, carried, pair_of
+from polyalign.datasets.formats.checking import read_file
+from polyalign.datasets.formats.exporting import as_file, rows_of
+from polyalign.datasets.formats.importing import import_pairs
+from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
+from polyalign.datasets.formats.text_lines import as_object, lines, objects
+from polyalign.datasets.pair_rows import PICTURES
+from polyalign.datasets.pairs import PairStore
+
+FILE = "pairs.jsonl"
+
+
+def import_jsonl(path: Path, store: PairStore, *, on_bad_row: OnBadRow = "error") -> dict[str, Any]:
+    """Fill ``store``; see :func:`polyalign.datasets.formats.importing.import_pairs`.
+
+    Args:
+        path: a ``.jsonl`` file, a ``.json`` file that is a list, or the folder of an export (with ``pairs.jsonl``).
+    """
+    return import_pairs(JsonLines(Path(path)), store, on_bad_row=on_bad_row)
+
+
+class JsonLines(Source):
+    """The lines of one file."""
+
+    name = "jsonl"
+    judges = None
+
+    def __init__(self, path: Path):
+        self.path = path / FILE if path.is_dir() else path
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such file. It holds an object with prompt, chosen and rejected a line")
+
+    def identity(self) -> dict[str, Any]:
+        return {"files": identity_of({self.path.name: self.path})}
+
+    def total(self) -> int:
+        return sum(1 for _ in objects(self.path, 0)) if self.path.suffix == ".json" else sum(1 for _ in lines(self.path, 0))
+
+    def entries(self, start: int) -> Iterator[Entry]:
+        for place, number, given in objects(self.path, start):
+            yield entry(place, self._read, f"{number:06d}", place, given)
+
+    def _read(self, pair_id: str, place: str, given: Any) -> Outcome:
+        line = as_object(given)
+        missing = [f"'{side}'" for side in PICTURES if line.get(side) is None]
+        if missing:
+            raise ValueError(f"no {' and no '.join(missing)}; found {', '.join(map(repr, line)) or 'nothing'}")
+        chosen, rejected = (read_file(self.path.parent, line[side]) for side in PICTURES)
+        rest = {name: value for name, value in line.items() if name not in PICTURES}
+        origin = {"file": self.path.name, "place": place, **{side: line[side] for side in PICTURES}}
+        return Outcome([pair_of(pair_id, rest, chosen, rejected, origin)])
+
+
+def export_jsonl(store: PairStore, folder: Path) -> None:
+    """``pairs.jsonl`` and ``pictures/`` in ``folder``, in the store's order. PNG, JPEG and WebP byte for byte, others as
+    PNG."""
+    (folder / "pictures").mkdir()
+    written = []
+    for index, row in rows_of(store):
+        names, contents = {}, []
+        for side in PICTURES:
+            ending, content = as_file(row[side])
+            names[side] = f"pictures/{index:06d}-{side}{ending}"
+            (folder / names[side]).write_bytes(content)
+            contents.append(content)
+        line = {"prompt": row["condition"]["prompt"], **names, KEY: carried(row, *contents)}
+        written.append(json.dumps(line, ensure_ascii=False) + "\n")
+    atomic_write(folder / FILE, "".join(written))

@@ -1,0 +1,71 @@
+"""Objects of a JSON or JSON-lines file, each with the place it stands at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polyalign.core.errors import UserError
+
+
+def lines(path: Path, start: int) -> Iterator[tuple[int, str]]:
+    """(number of the line, counted from 1; its text) of a text file from its ``start``-th line that is not blank on.
+
+    Raises:
+        UserError: no such file, or not UTF-8.
+    """
+    found = 0
+    try:
+        # Only line feeds end a line: Python's own rules would also cut at characters that may stand inside a JSON string.
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    if found >= start:
+                        yield number, line.strip()
+                    found += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (near byte {error.start}). Save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Expected a file of JSON lines") from error
+
+
+def objects(path: Path, start: int) -> Iterator[tuple[str, int, Any]]:
+    """(place, number, text or object) of a ``.jsonl`` file, or of a ``.json`` file that is one list.
+
+    Raises:
+        UserError: the file cannot be read, or a ``.json`` file is no list.
+    """
+    if path.suffix.lower() != ".json":
+        for position, (number, line) in enumerate(lines(path, start), start):
+            yield f"{path.name} line {number}", position, line
+        return
+    try:
+        whole = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(whole, list):
+        raise UserError(f"{path}: expected a list of objects, found {type(whole).__name__}")
+    for position in range(start, len(whole)):
+        yield f"{path.name} entry {position}", position, whole[position]
+
+
+def as_object(given: Any) -> dict[str, Any]:
+    """The mapping that a line, or an entry of a list, holds.
+
+    Raises:
+        ValueError: not JSON, or something else than an object.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise ValueError("JSON that is nested too deeply") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"expected an object, found {type(given).__name__}")
+    return given
