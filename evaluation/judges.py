@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -21,6 +22,7 @@ from polyalign.core.adapter import Judge
 from polyalign.core.errors import UserError
 
 GROUP = "polyalign.judges"
+ABSENT = object()
 
 JUDGES: Mapping[str, str] = {
     "shapes": "polyalign.datasets.worlds.shapes:ShapesJudge",
@@ -29,6 +31,15 @@ JUDGES: Mapping[str, str] = {
     "saturation": "polyalign.evaluation.image_statistics:SaturationJudge",
     "high_frequency": "polyalign.evaluation.image_statistics:HighFrequencyJudge",
     "clipping": "polyalign.evaluation.image_statistics:ClippingJudge",
+    "clip_score": "polyalign.evaluation.image_judges.clip_judges:ClipScoreJudge",
+    "pickscore": "polyalign.evaluation.image_judges.clip_judges:PickScoreJudge",
+    "laion_aesthetics": "polyalign.evaluation.image_judges.clip_judges:AestheticsJudge",
+    "hpsv2": "polyalign.evaluation.image_judges.hps:HPSv2Judge",
+    "hpsv2.1": "polyalign.evaluation.image_judges.hps:HPSv21Judge",
+    "imagereward": "polyalign.evaluation.image_judges.image_reward:ImageRewardJudge",
+    "geneval": "polyalign.evaluation.image_judges.geneval:GenEvalJudge",
+    "mixture": "polyalign.evaluation.image_judges.mixture:MixtureJudge",
+    "http": "polyalign.evaluation.image_judges.endpoint:HttpJudge",
 }
 
 
@@ -53,10 +64,15 @@ class Panel:
         self.weights = [float(weight) for weight in weights]
         terms = zip(self.judges, self.weights, strict=True)
         self.name = " + ".join(judge.name if weight == 1 else f"{weight:g} {judge.name}" for judge, weight in terms)
-        self.version = "+".join(judge.version for judge in self.judges)
+        self.relative = any(getattr(judge, "relative", False) for judge in self.judges)
         terms = zip(self.judges, self.weights, strict=True)
         self.parts = [part for judge, weight in terms if weight != 0 for part in parts(judge)]
         """Names of the judges that have a say, without their weights."""
+
+    @property
+    def version(self) -> str:
+        """Asked for only when it is needed: a version may be a hash of weights."""
+        return "+".join(judge.version for judge in self.judges)
 
     def score(self, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]:
         """sum_j weight_j * score_j, a number for each output."""
@@ -83,7 +99,8 @@ def build(spec: JudgeSpec) -> Judge:
         judge = maker(**dict(spec.options))
     except TypeError as error:
         raise UserError(f"the judge '{spec.name}' cannot be made with the options {dict(spec.options)}: {error}") from error
-    absent = [part for part in ("name", "version", "score") if not hasattr(judge, part)]
+    # Looked for without asking: a version is often a hash of weights, which are read, or fetched, only when they are needed.
+    absent = [part for part in ("name", "version", "score") if inspect.getattr_static(judge, part, ABSENT) is ABSENT]
     if absent:
         raise UserError(
             f"the judge '{spec.name}' made a {type(judge).__name__} without {', '.join(absent)}; a judge has a name, a version "
@@ -109,6 +126,23 @@ def panel(specs: Sequence[JudgeSpec]) -> Judge:
 def parts(judge: Judge) -> list[str]:
     """The names, without weights, of the judges whose scores make up this one's: its own name unless it is a :class:`Panel`."""
     return list(getattr(judge, "parts", [judge.name]))
+
+
+def refuse_unfit(judges: Sequence[Judge]) -> None:
+    """Raises UserError where judges cannot evaluate together: two of one name, of which one would hide the other, or one whose
+    scores of two calls do not compare (its attribute ``relative``), as base and aligned are scored in two."""
+    names = [judge.name for judge in judges]
+    for judge in judges:
+        if names.count(judge.name) > 1:
+            raise UserError(
+                f"two judges of the evaluation are called '{judge.name}', and one would hide the other. Leave one out, or give "
+                "each a name with its option 'label' where it has one"
+            )
+        if getattr(judge, "relative", False):
+            raise UserError(
+                f"the judge '{judge.name}' compares pictures of one prompt with each other, so its scores of the base and of "
+                "the aligned model, which are asked for apart, would say nothing. Take its other mode (pointwise) here"
+            )
 
 
 def checked_scores(

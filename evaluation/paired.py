@@ -12,8 +12,9 @@ from PIL import Image
 from polyalign.core.adapter import Judge
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
+from polyalign.evaluation.diversity import compare_diversity, thumbnails
 from polyalign.evaluation.image_statistics import IMAGE_STATISTICS
-from polyalign.evaluation.judges import checked_scores, parts
+from polyalign.evaluation.judges import checked_scores, parts, refuse_unfit
 from polyalign.evaluation.statistics import bootstrap_mean, paired_win_rate
 
 Statistics = Mapping[str, Callable[[Any], float]]
@@ -48,15 +49,18 @@ def evaluate_paired(
     Returns:
         The content of evaluation.json. Beyond the plain blocks: ``artefacts`` (:func:`compare_statistics`), in each arm its
         ``scores`` and ``aligned_over_this``, ``parts`` of every judge (:func:`polyalign.evaluation.judges.parts`), and
-        ``judge.broken_below`` and ``judge.right_from`` where the judge has those attributes.
+        ``judge.broken_below`` and ``judge.right_from`` where the judge has those attributes; for pictures of which some share a
+        prompt, ``diversity`` (:func:`~polyalign.evaluation.diversity.compare_diversity` of thumbnails).
 
     Raises:
-        UserError: nothing to compare, lengths that differ, or a judge that returns something else than finite numbers.
+        UserError: nothing to compare, lengths that differ, two judges of one name, a judge that only compares outputs of one
+            call, or one that returns something else than finite numbers.
     """
     arms = arms or {}
     _check_lengths(conditions, {"base": base_outputs, "aligned": aligned_outputs, "seeds": seeds, **arms})
     if not judges:
         raise UserError("an evaluation needs at least one judge")
+    refuse_unfit(judges)
     first, *others = judges
     table = _Table(conditions, seed, tie_margin)
     base, aligned = checked_scores(first, conditions, base_outputs), checked_scores(first, conditions, aligned_outputs)
@@ -73,9 +77,13 @@ def evaluate_paired(
     for judge in others:
         scores = checked_scores(judge, conditions, base_outputs), checked_scores(judge, conditions, aligned_outputs)
         rate = replace(table, tie_margin=0.0).win_rate(*scores, judge.name)
-        report["other_judges"][judge.name] = {**rate, "parts": parts(judge)}
+        report["other_judges"][judge.name] = {**rate, "parts": parts(judge), "version": judge.version}
+    pictures = all(isinstance(output, Image.Image) for output in [*base_outputs, *aligned_outputs])
     if artefacts is None:
-        artefacts = IMAGE_STATISTICS if all(isinstance(o, Image.Image) for o in [*base_outputs, *aligned_outputs]) else {}
+        artefacts = IMAGE_STATISTICS if pictures else {}
+    if pictures and len(set(table.prompts)) < len(table.prompts):
+        small = thumbnails(base_outputs), thumbnails(aligned_outputs)
+        report["diversity"] = compare_diversity(*small, table.prompts, metric="rms", seed=seed)
     if artefacts:
         report["artefacts"] = compare_statistics(artefacts, base_outputs, aligned_outputs, prompts=table.prompts, seed=seed)
     return report

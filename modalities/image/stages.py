@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from polyalign.modalities.image.training import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from polyalign.core.objectives.table import ObjectiveSpec
+    from polyalign.core.recipe import JudgeConfig
 
 SCHEMA = ImageRecipe
 STAGES = ("generate", "train", "evaluate", "report")
@@ -51,8 +52,9 @@ def refuse_early(recipe: ImageRecipe) -> None:
     from polyalign.evaluation import judges
 
     for judge in (*recipe.pairs.judges, *recipe.evaluate.judges):
-        if judge.name not in judges.names():
-            judges.build(judge)  # raises, and says which names there are
+        if judge.name in judges.JUDGES or judge.name not in judges.names():
+            judges.build(judge)  # ours read no weights yet; an unknown name raises, and says which there are
+    judges.refuse_unfit([judges.panel([judge]) for judge in recipe.evaluate.judges if judge.name in judges.JUDGES])
     fingerprint(recipe.evaluate.prompts.file if recipe.evaluate.prompts else None)
     if recipe.model.train == "full" and recipe.train.reference.seat == "adapter_off":
         raise UserError(
@@ -65,22 +67,19 @@ def refuse_early(recipe: ImageRecipe) -> None:
             "Set it to adapter_off (the base), frozen, ema, cached or none; from Python, ImageAdapter.load_lora(model, file, "
             f"name={recipe.train.reference.adapter_name!r}) puts one there"
         )
-    _refuse_margins({"objective": recipe.objective, **{f"arms.{name}": arm for name, arm in recipe.arms.items()}})
+    _refuse_objectives(recipe)
 
 
-def _refuse_margins(objectives: Mapping[str, ObjectiveSpec]) -> None:
-    """Raises UserError if one of the objectives reads margins: neither generated nor imported pairs have any."""
-    from polyalign.core.objectives.offsets import RewardMargins
+def _refuse_objectives(recipe: ImageRecipe) -> None:
+    """Raises UserError if one of the objectives asks for more than pairs of pictures and a denoising model can give."""
+    from polyalign.core.objectives.serves import Offer, Plan, refuse_unless_served
     from polyalign.core.objectives.table import build
 
-    for key, spec in objectives.items():
-        objective = build(spec)
-        if any(isinstance(term.offset, RewardMargins) for term in objective.terms):
-            raise UserError(
-                f"{key}: {objective.name} needs margins, the weighted rewards of the other objectives for both pictures of "
-                "every pair, and the pairs of an image recipe have none: neither pairs.source generate nor folders makes them. "
-                "Take another objective (polyalign explain objective); from Python, rows may hold 'margins'"
-            )
+    train = recipe.train
+    offer = Offer("an image recipe", "timestep", frozenset({"value", "output_gradient"}))
+    plan = Plan(train.reference.seat, cut=train.micro_batch_size < train.batch_size)
+    for key, spec in {"objective": recipe.objective, **{f"arms.{name}": arm for name, arm in recipe.arms.items()}}.items():
+        refuse_unless_served(build(spec), offer, plan, key=key)
 
 
 def refuse_several_processes(verb: str, run: RunFolder) -> None:
@@ -102,30 +101,43 @@ def _base_of(recipe: ImageRecipe) -> dict[str, Any]:
     return base | ({"dtype": "float32"} if recipe.model.train == "full" else {})
 
 
+def _judge_files(specs: Sequence[JudgeConfig]) -> dict[str, Any]:
+    """Hashes of the files on this machine that judges are read from, as an input of stages: other weights under the same name
+    are another judge. Empty for judges without any, or from a model hub, which a revision pins."""
+    from polyalign.evaluation import judges
+
+    ours = [judges.build(spec) for spec in specs if spec.name in judges.JUDGES]
+    paths = sorted({str(path) for judge in ours for path in getattr(judge, "local_files", list)()})
+    return {"judges": {path: fingerprint(path) for path in paths}} if paths else {}
+
+
 def generate(recipe: ImageRecipe, run: RunFolder) -> None:
-    """Prompts to pairs, or the user's own folders to pairs: writes ``pairs/``."""
+    """Prompts to pairs, or preferences in any format to pairs: writes ``pairs/``."""
     refuse_several_processes("generate", run)
     refuse_early(recipe)
     pairs = recipe.pairs
-    source = pairs.folder if pairs.source == "folders" else (pairs.prompts.file if pairs.prompts else None)
-    inputs: dict[str, Any] = {"pairs": pairs, "seed": recipe.seed, "source": fingerprint(source)}
-    if pairs.source == "generate":
+    inputs: dict[str, Any] = {"pairs": pairs.inputs(), "seed": recipe.seed, "source": fingerprint(pairs.location)}
+    inputs |= _judge_files(pairs.judges)
+    if pairs.sampled:
         inputs |= model_files(recipe)
         inputs |= {"model": _base_of(recipe), "sampler": recipe.sampler, "resolution": recipe.prepare.resolution}
     with run.stage("generate", inputs, products=("pairs",)) as stage:
         if not stage.todo:
             return
-        if pairs.source == "folders":
-            from polyalign.datasets.formats.folders import import_folders
-
-            assert pairs.folder is not None  # the schema asks for it
-            import_folders(Path(pairs.folder), PairStore(run / "pairs"))
-            return
+        from polyalign.datasets.formats.own_samples import Drawing
         from polyalign.evaluation.judges import panel
-        from polyalign.modalities.image.pairs import GenerationSettings, generate_pairs
+        from polyalign.modalities.image.pairs import GenerationSettings, generate_pairs, read_pairs
 
-        assert pairs.prompts is not None
+        sampler = recipe.sampler.model_dump(mode="json")
+        if not pairs.sampled:
+            read_pairs(pairs, run / "pairs")
+            return
         adapter, model = open_model(recipe, run)
+        if pairs.source != "generate":
+            drawing = Drawing(partial(adapter.sample, model), model.identity, recipe.seed, sampler)
+            read_pairs(pairs, run / "pairs", drawing)
+            return
+        assert pairs.prompts is not None
         generate_pairs(
             adapter,
             model,
@@ -134,7 +146,7 @@ def generate(recipe: ImageRecipe, run: RunFolder) -> None:
             settings=GenerationSettings(
                 samples_per_prompt=pairs.samples_per_prompt,
                 prompts_per_shard=pairs.prompts_per_shard,
-                sampler=recipe.sampler.model_dump(mode="json"),
+                sampler=sampler,
                 **pairs.pairing.model_dump(),
             ),
             folder=run / "pairs",
@@ -165,6 +177,7 @@ def evaluate(recipe: ImageRecipe, run: RunFolder) -> None:
         "evaluate": recipe.evaluate,
         "seed": recipe.seed,
         "prompts": fingerprint(prompts.file if prompts else None),
+        **_judge_files(recipe.evaluate.judges),
     }
     after = ("generate", "train", *(f"train {name}" for name in recipe.arms))
     with run.stage("evaluate", inputs, after=after, products=("samples", "evaluation.json")) as stage:

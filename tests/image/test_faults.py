@@ -112,7 +112,7 @@ def test_spoilt_folders_are_refused_and_the_earlier_import_is_kept(
         ("evaluate.prompts={file: missing.txt}", ["missing.txt: no such file"]),
         ("model.train=full", ["adapter_off needs a LoRA, and model.train is full"]),
         ("train.reference.seat=adapter", ["compares with a second LoRA", "Set it to adapter_off"]),
-        ("objective.name=modpo", ["objective: modpo needs margins", "neither pairs.source generate nor folders"]),
+        ("objective.name=modpo", ["objective: modpo needs margins", "an image recipe makes pairs without"]),
         ("arms={other: {name: modpo}}", ["arms.other: modpo needs margins"]),
         ("arms={../sft: {name: sft}}", ["arms", "'../sft' is no folder's: take a-z, 0-9, - and _"]),
         ("arms={SFT: {name: sft}}", ["'SFT' is no folder's"]),
