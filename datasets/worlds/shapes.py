@@ -31,14 +31,13 @@ SIZE = 32
 CELL = 16
 RADIUS = 4.5  # an object is 9 pixels wide
 WINDOW = 11  # a sprite with its antialiased border
-JITTER = 2  # pixels to either side of the cell's middle
+JITTER = 1  # pixels to either side of the cell's middle
 GROUND = np.array([240, 240, 235], dtype=np.float32) / 255
 COLOURS = {
     "red": (214, 40, 40),
     "green": (44, 150, 66),
     "blue": (45, 85, 210),
     "yellow": (245, 190, 30),
-    "purple": (150, 60, 175),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
@@ -46,7 +45,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 OPENINGS = ("", "a picture of ", "a drawing of ")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # How often a training caption is wrong, by task. Nothing can be wrong about a lone object without a colour.
-CAPTION_NOISE = {"two_object": 0.15, "counting": 0.3, "colors": 0.1, "position": 0.3, "color_attr": 0.3}
+CAPTION_NOISE = {"two_object": 0.1, "counting": 0.25, "colors": 0.1, "position": 0.2, "color_attr": 0.2}
 
 
 @dataclass(frozen=True)
@@ -177,9 +176,9 @@ def prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return chosen
 
 
-def random_spec(rng: random.Random) -> Spec:
-    """One specification: the task evenly, then evenly within it."""
-    return rng.choice(_specifications_by_task()[rng.choice(TASKS)])
+def random_spec(rng: random.Random, tasks: Sequence[str] = TASKS) -> Spec:
+    """One specification: one of ``tasks`` evenly (a task named twice comes twice as often), then evenly within it."""
+    return rng.choice(_specifications_by_task()[rng.choice(tasks)])
 
 
 @lru_cache(maxsize=1)

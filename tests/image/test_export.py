@@ -45,6 +45,8 @@ numpy.save(out, numpy.stack(pictures))
 assert "polyalign" not in sys.modules
 """
 
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+
 
 def disturb(model: Model, *, seed: int = 0) -> None:
     """What training would do: every trainable number moves."""
@@ -62,10 +64,12 @@ def trained(adapter: ImageAdapter) -> Model:
 
 
 def test_stock_diffusers_draws_the_same_pixels(make_adapter: Make, tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """LoRA of all three families, alpha unlike rank, and a full export; one other process without polyalign."""
+    """LoRA of all three families, of every layer that a recipe of ours names, alpha unlike rank, and a full export; one other
+    process without polyalign."""
     jobs, expected = [], []
+    named = {"sd15": TARGETS, "sd2": TARGETS, "sdxl": (*TARGETS, "conv1", "conv2", "conv_shortcut", "time_emb_proj")}
     for family, train in (("sd15", "lora"), ("sd2", "lora"), ("sdxl", "lora"), ("sdxl", "full")):
-        adapter = make_adapter(family, train=train, alpha=6.0, guidance=4.0, sample_batch=1)
+        adapter = make_adapter(family, train=train, targets=named[family], alpha=6.0, guidance=4.0, sample_batch=1)
         model = trained(adapter)
         picture = adapter.sample(model, ["a red circle"], [3])[0]
         base = adapter.load()
