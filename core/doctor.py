@@ -28,7 +28,7 @@ class Extra:
 
 
 EXTRAS = {
-    "image": Extra("CLIP-style judges and torchvision's image processors", ("open_clip_torch", "torchvision")),
+    "image": Extra("the judge clip_score with backend: open_clip; no other judge needs it", ("open_clip_torch", "torchvision")),
     "audio": Extra("torchaudio's features, as a second opinion on ours", ("torchaudio",)),
     "video": Extra("reading and writing video files", ("av",)),
     "vlm": Extra("processors of Qwen-VL, SmolVLM and their like", ("torchvision", "num2words")),

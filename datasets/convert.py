@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(given: argparse.Namespace) -> None:
     name, folder = given.to
-    if given.option:
-        raise UserError("--option belongs to --from; the formats are written in one way")
+    if given.option or given.on_bad_row != "error":
+        raise UserError("--option and --on-bad-row belong to --from; the formats are written in one way")
     count = export_pairs(PairStore(given.store), exporter(name), Path(folder))
     print(f"{folder}: {count} pairs as {name}")
 

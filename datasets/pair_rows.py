@@ -78,6 +78,8 @@ def to_stored(row: Mapping[str, Any], judges: Sequence[str]) -> dict[str, Any]:
             )
     condition = dict(row["condition"])
     prompt, task = condition.pop("prompt"), condition.pop("task", None)
+    if task is not None and not isinstance(task, str):  # the column is of text; metadata hold whatever JSON can
+        condition["task"], task = task, None
     provenance = {name: row["provenance"].get(name) for name in _PROVENANCE}
     return {
         "pair_id": row["pair_id"],

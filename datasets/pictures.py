@@ -10,7 +10,10 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(TypeError, AttributeError),  # tags of another type than Pillow expects, in EXIF and TIFF
+)
 """What Pillow raises for pictures it cannot read: cut off, damaged, of another kind, or absurdly large."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")

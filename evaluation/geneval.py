@@ -1,7 +1,7 @@
 """GenEval's rules (Ghosh et al., arXiv 2310.11513): is what the prompt asks for in the picture, as a detector sees it?
 
 Rules and thresholds are those of the published code; a detector and a classifier of colours are given from outside
-(:mod:`polyalign.evaluation.geneval_models`). A box is (x0, y0, x1, y1, score) in pixels, y downwards.
+(:mod:`polyalign.evaluation.image_judges.geneval`). A box is (x0, y0, x1, y1, score) in pixels, y downwards.
 
 Known properties of the rules, kept so that figures compare: extra objects are forgiven except where a task excludes them
 (counting); of the objects found only the ``count`` most confident are asked for colour and position; the offset between two

@@ -102,7 +102,8 @@ def _margins(adapter: Adapter, model: Model, reference: Seat | None, rows: Seque
 
 def _total(scores: Scores) -> Tensor:
     """(G, K) sums over units."""
-    return (scores.values.double() * scores.mask).sum(-1).cpu()
+    values = scores.values.double()  # replaced under the mask and not multiplied by 0, which is no number for an infinity
+    return torch.where(scores.mask.bool(), values, torch.zeros_like(values)).sum(-1).cpu()
 
 
 def _sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 def geometric_mixture(policy_logits: Tensor, reference_logits: Tensor, *, reference_share: float) -> Tensor:
-    """Log-probabilities (..., V) of the mixture, from logits of both models; ``reference_share`` is b in [0, 1]."""
+    """Log-probabilities (..., V) of the mixture, from logits of both models; ``reference_share`` is b in [0, 1].
+
+    Raises:
+        ValueError: another share.
+    """
+    if not 0.0 <= reference_share <= 1.0:
+        raise ValueError(f"the reference has a share between 0 and 1 of the mixture, found {reference_share}")
     policy, reference = policy_logits.log_softmax(-1), reference_logits.log_softmax(-1)
     if reference_share == 0.0:  # a token that the reference gives no probability would make 0 times infinity
         return policy

@@ -17,6 +17,21 @@ SDXL_SWITCH = 0.1
 """The size of the policy's distance from its reference at which the code's SDXL branch changes its loss."""
 
 
+def certain_difference(scored: Scored, name: str) -> Tensor:
+    """u_0 - u_1 (G,) for a loss that has no form for a soft target, since it takes a winner out of each pair.
+
+    Raises:
+        UserError: groups of another size than two, or a preference between 0 and 1.
+    """
+    difference, p = scored.pair(name)
+    if bool(((p != 0.0) & (p != 1.0)).any()):
+        raise UserError(
+            f"the {name} loss takes a winner out of each pair, and this batch has preferences between 0 and 1 (ties, soft "
+            "labels). Leave such pairs out, or take an objective with a logistic loss, such as dpo"
+        )
+    return difference
+
+
 @dataclass(frozen=True)
 class AOT(Flags):
     """Alignment by optimal transport (arXiv 2406.05882): -log sigmoid of beta times the gap between *sorted* values of the
@@ -38,7 +53,7 @@ class AOT(Flags):
         check_smoothing(self.label_smoothing)
 
     def __call__(self, scored: Scored) -> Tensor:
-        scored.pair(self.name)
+        certain_difference(scored, self.name)
         if isinstance(scored.view.beta, Tensor):
             raise UserError("the AOT loss sorts values across pairs, so beta has to be one number for all of them")
         if self.paired:
@@ -79,7 +94,7 @@ class DSPO(Flags):
         return self.form == "score_matching"
 
     def __call__(self, scored: Scored) -> Tensor:
-        difference, _ = scored.pair(self.name)
+        difference = certain_difference(scored, self.name)
         view = scored.view
         assert view.policy.residual is not None and view.reference is not None and view.reference.residual is not None
         groups = torch.arange(len(view.chosen), device=view.chosen.device)

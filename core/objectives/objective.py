@@ -54,7 +54,7 @@ class SampleWeight(Protocol):
 @dataclass(frozen=True)
 class PolicyConfidence:
     """WPO (arXiv 2406.11827): exp of the sum over a group's candidates of the mean over tokens of log p - log sum p^2, which
-    is 1 for answers drawn from the policy itself and small for those it would never give."""
+    is near 1 for answers drawn from the policy itself and small for those it would never give."""
 
     needs: frozenset[str] = frozenset({"confidence"})
     seats: tuple[str, ...] = ()

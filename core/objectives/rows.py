@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from polyalign.core.config import Section
-from polyalign.core.objectives.losses import PreferenceLoss
+from polyalign.core.errors import UserError
+from polyalign.core.objectives.losses import Hinge, Logistic, PreferenceLoss
 from polyalign.core.objectives.objective import ANY_LIKELIHOOD, Data, Objective, Term
 from polyalign.core.objectives.regularisers import AddedSFT, Regulariser, WinnerAnchor
 from polyalign.core.objectives.safeguard import SafeguardScope, WinnerSafeguard
@@ -63,6 +64,22 @@ class PreferenceParameters(AnchoredParameters):
     safeguard_scope: SafeguardScope = "batch"
     """`batch`: one scale for all pairs of a forward pass, as in the official code; needs train.micro_batch_size equal to
     train.batch_size, and one process. `group`: one for each pair, which does not depend on how a batch is cut."""
+
+
+def logistic_or_hinge(loss: Literal["logistic", "hinge"], label_smoothing: float) -> PreferenceLoss:
+    """The loss on a difference that a row lets choose.
+
+    Raises:
+        UserError: smoothed labels for the hinge, which has none.
+    """
+    if loss == "logistic":
+        return Logistic(label_smoothing)
+    if label_smoothing:
+        raise UserError(
+            f"objective.label_smoothing is for objective.loss: logistic, and {label_smoothing:g} was given with hinge. Leave "
+            "one of the two out"
+        )
+    return Hinge()
 
 
 def beta_of(value: float, convention: BetaConvention = "nats") -> Any:

@@ -69,4 +69,6 @@ def build(spec: ObjectiveSpec, table: Mapping[str, Row] = TABLE) -> Objective:
     if name not in table:
         raise UserError(f"objective {name!r} is not in the table; allowed: {', '.join(sorted(table))}")
     row = table[name]
-    return replace(row.build(spec), likelihoods=row.likelihoods, data=row.data, moving_reference=row.moving_reference)
+    built = row.build(spec)  # an option may leave fewer likelihoods than the row has
+    likelihoods = built.likelihoods & row.likelihoods
+    return replace(built, likelihoods=likelihoods, data=row.data, moving_reference=row.moving_reference)

@@ -21,6 +21,7 @@ from polyalign.core.objectives.rows import (
     Parameters,
     Row,
     beta_of,
+    logistic_or_hinge,
     preference,
 )
 from polyalign.core.objectives.weights import Mean, Sum
@@ -167,7 +168,7 @@ ROWS = (
         differences="The added mean is over the winner's own tokens (TRL: over all tokens of a batch).",
         parameters=CPO,
         likelihoods=TOKENS,
-        build=lambda p: preference(p, "cpo", Hinge() if p.loss == "hinge" else Logistic(p.label_smoothing), reference=None),
+        build=lambda p: preference(p, "cpo", logistic_or_hinge(p.loss, p.label_smoothing), reference=None),
     ),
     Row(
         name="orpo",

@@ -9,7 +9,7 @@ from pydantic import Field
 from polyalign.core.errors import UserError
 from polyalign.core.objectives.links import Clipped, Identity
 from polyalign.core.objectives.losses import Contrast, Listwise, Logistic, PlackettLuce
-from polyalign.core.objectives.objective import Objective, Term
+from polyalign.core.objectives.objective import ANY_LIKELIHOOD, Objective, Term
 from polyalign.core.objectives.regularisers import ReferenceKL
 from polyalign.core.objectives.rows import TOKENS, Flip, Parameters, PreferenceParameters, Row, beta_of, preference
 from polyalign.core.objectives.weights import Mean, Sum
@@ -88,7 +88,7 @@ def _adpo(parameters: ADPO) -> Objective:
         link=Identity() if parameters.clip is None else Clipped(-parameters.clip, parameters.clip),
     )
     penalty = (ReferenceKL(parameters.reference_kl),) if parameters.reference_kl else ()
-    return Objective("adpo", terms=(term,), regularisers=penalty)
+    return Objective("adpo", terms=(term,), regularisers=penalty, likelihoods=TOKENS if penalty else ANY_LIKELIHOOD)
 
 
 def _ofs(parameters: OFSDPO) -> Objective:

@@ -7,13 +7,21 @@ from typing import Literal
 from pydantic import Field
 
 from polyalign.core.objectives.links import AlphaDivergence, Identity, JensenShannon, Link
-from polyalign.core.objectives.losses import DiscoPOP, Hinge, Logistic, PreferenceLoss, ReverseKL, Robust, Square
+from polyalign.core.objectives.losses import DiscoPOP, Hinge, Logistic, ReverseKL, Robust, Square
 from polyalign.core.objectives.losses_coupled import AOT
 from polyalign.core.objectives.losses_pointwise import BinaryClassifier
 from polyalign.core.objectives.objective import Objective, Term
 from polyalign.core.objectives.offsets import RewardMargins
 from polyalign.core.objectives.regularisers import AddedSFT, BatchTokenSFT
-from polyalign.core.objectives.rows import AnchoredParameters, Flip, Parameters, PreferenceParameters, Row, preference
+from polyalign.core.objectives.rows import (
+    AnchoredParameters,
+    Flip,
+    Parameters,
+    PreferenceParameters,
+    Row,
+    logistic_or_hinge,
+    preference,
+)
 from polyalign.core.objectives.weights import Mean, Sum
 
 
@@ -152,7 +160,7 @@ class MODPO(PreferenceParameters):
     effective beta is beta / w."""
 
     label_smoothing: Flip = 0.0
-    """Share of labels taken to be wrong."""
+    """Share of labels taken to be wrong, for `logistic`."""
 
 
 class SFT(Parameters):
@@ -165,10 +173,6 @@ def _f_link(parameters: FDPO) -> Link:
     if parameters.divergence == "jensen_shannon":
         return JensenShannon()
     return AlphaDivergence(1.0 if parameters.divergence == "forward_kl" else parameters.alpha)
-
-
-def _modpo_loss(parameters: MODPO) -> PreferenceLoss:
-    return Hinge() if parameters.loss == "hinge" else Logistic(parameters.label_smoothing)
 
 
 def _mpo(parameters: MPO) -> Objective:
@@ -254,7 +258,9 @@ ROWS = (
         "models while training.",
         parameters=MODPO,
         data=("pairs with margins",),
-        build=lambda p: preference(p, "modpo", _modpo_loss(p), offset=RewardMargins(), scale=1 / p.weight),
+        build=lambda p: preference(
+            p, "modpo", logistic_or_hinge(p.loss, p.label_smoothing), offset=RewardMargins(), scale=1 / p.weight
+        ),
     ),
     Row(
         name="online_ipo",

@@ -64,7 +64,7 @@ class DiffusionKTO(KTO):
 
     utility: Utility = "sigmoid"
     """How a gain is valued: `sigmoid` is the Kahneman-Tversky model, and the publication's best; `loss_averse` is concave,
-    `risk_seeking_1` to `_3` are convex. The last two have no bound."""
+    `risk_seeking_1` to `_3` reward gains without bound."""
 
 
 def _baseline(parameters: BCO | KTO) -> Baseline | None:

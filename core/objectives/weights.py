@@ -9,7 +9,6 @@ Letters: G groups, K candidates in a group, U units of a candidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,22 +69,6 @@ class Mean:
 
     def __call__(self, view: View) -> Tensor:
         return _mean_weights(view)
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """Any weights: ``weights(view) -> (G, K, U)``, for instance LD-DPO's alpha past the partner's length or TGDPO's guide.
-
-    They multiply the units that ``Sum`` would add up, masked units stay out, and no gradient flows into them.
-    """
-
-    weights: Callable[[View], Tensor]
-    needs: frozenset[str] = frozenset({"per_unit"})
-    seats: tuple[str, ...] = ()
-    averages: bool = False
-
-    def __call__(self, view: View) -> Tensor:
-        return Sum()(view) * self.weights(view).detach().to(view.dtype)
 
 
 def reduce_units(values: Tensor, mask: Tensor, weights: Tensor) -> Tensor:

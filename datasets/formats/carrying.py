@@ -70,6 +70,8 @@ def _problem(known: Mapping[str, Any]) -> str | None:
     for name, kind in wanted.items():
         if not isinstance(known.get(name), kind) or not known[name] and name not in ("condition",):
             return f"'{name}' is {known.get(name)!r}"
+    if "prompt" in known["condition"]:  # it stands in the row itself, where people see and change it
+        return f"'condition' holds a prompt, {known['condition']['prompt']!r}"
     for name, kinds in (*dict.fromkeys(_TEXTS, str).items(), *dict.fromkeys(_NUMBERS, int).items()):
         value = known["provenance"].get(name)
         small = not isinstance(value, int) or abs(value) < 1 << 63

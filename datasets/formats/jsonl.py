@@ -18,7 +18,7 @@ from polyalign.datasets.formats.checking import read_file
 from polyalign.datasets.formats.exporting import as_file, rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
-from polyalign.datasets.formats.text_lines import as_object, lines, objects
+from polyalign.datasets.formats.text_lines import as_object, count_objects, objects
 from polyalign.datasets.pair_rows import PICTURES
 from polyalign.datasets.pairs import PairStore
 
@@ -49,7 +49,7 @@ class JsonLines(Source):
         return {"files": identity_of({self.path.name: self.path})}
 
     def total(self) -> int:
-        return sum(1 for _ in objects(self.path, 0)) if self.path.suffix == ".json" else sum(1 for _ in lines(self.path, 0))
+        return count_objects(self.path)
 
     def entries(self, start: int) -> Iterator[Entry]:
         for place, number, given in objects(self.path, start):

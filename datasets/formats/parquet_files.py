@@ -2,7 +2,8 @@
 
 A place is a ``.parquet`` or ``.arrow`` file, a folder of them (Hugging Face's ``data/train-00000-of-00002.parquet``), or what
 ``Dataset.save_to_disk`` wrote (``state.json`` beside ``data-00000-of-00001.arrow``; one folder a split under
-``dataset_dict.json``). Files of several splits in one folder are not mixed: ``split`` says which is meant.
+``dataset_dict.json``). Files of several splits in one folder are not mixed: ``split`` says which is meant. A split is known by
+a numbered name, or by a file or a folder that is called as one (``test.parquet``, ``default/test/0000.parquet``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from polyalign.datasets.pairs import table_bytes
 ENDINGS = (".parquet", ".arrow")
 BATCH = 16  # rows in memory at a time, besides what the file's own row groups ask for
 _SPLIT = re.compile(r"(.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+_SPLITS = frozenset({"train", "validation", "valid", "val", "dev", "test", "eval"})
 
 
 def files_of(path: Path, split: str | None) -> dict[str, Path]:
@@ -70,18 +72,28 @@ def _of_split(path: Path, found: dict[str, Path], split: str | None) -> dict[str
     if not found:
         raise UserError(f"{path}: no files ending in {' or '.join(ENDINGS)} in this folder")
     by_split: dict[str, dict[str, Path]] = {}
+    certain = False
     for name, file in found.items():
-        numbered = _SPLIT.fullmatch(file.stem)
-        by_split.setdefault(numbered[1] if numbered else file.stem, {})[name] = file
+        said = _split_of(name)
+        certain |= said is not None
+        by_split.setdefault(said or file.stem, {})[name] = file
     if split is not None:
         if split not in by_split:
             raise UserError(f"{path}: there is no split {split!r}; splits here: {', '.join(sorted(by_split))}")
         return by_split[split]
-    if len(by_split) > 1 and any(_SPLIT.fullmatch(file.stem) for file in found.values()):
+    if len(by_split) > 1 and certain:
         raise UserError(
             f"{path}: holds several splits ({', '.join(sorted(by_split))}), and no split is named. Set options: {{split: NAME}}"
         )
     return found
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a file's path says it is of, if it says so."""
+    path = PurePosixPath(name)
+    numbered = _SPLIT.fullmatch(path.stem)
+    last_word = path.stem.rpartition("-")[2]  # Hugging Face's cache: pick_a_pic-train.arrow
+    return numbered[1] if numbered else next((part for part in (last_word, *path.parts[-2::-1]) if part in _SPLITS), None)
 
 
 def schema_of(path: Path) -> pa.Schema:
@@ -110,9 +122,12 @@ def require_columns(files: dict[str, Path], columns: Sequence[str]) -> None:
 
 
 def rows_in(path: Path) -> int:
-    """How many rows a parquet file has. Raises UserError if it is damaged."""
+    """How many rows a file has. Raises UserError if it is damaged."""
     try:
-        return pq.read_metadata(path).num_rows
+        if path.suffix.lower() == ".parquet":
+            return pq.read_metadata(path).num_rows
+        with pa.memory_map(str(path)) as mapped:
+            return sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
 

@@ -48,7 +48,7 @@ def import_pickapic(
     """Fill ``store``; see :func:`polyalign.datasets.formats.importing.import_pairs`.
 
     Args:
-        path: a parquet file, or a folder of them.
+        path: a parquet file, a folder of them, or a folder of ``Dataset.save_to_disk``.
         split: which of the splits in the folder (``train``, ``validation_unique`` ...).
     """
     return import_pairs(PickAPic(Path(path), split), store, on_bad_row=on_bad_row)

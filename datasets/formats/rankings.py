@@ -25,7 +25,7 @@ from polyalign.core.errors import UserError
 from polyalign.datasets.formats.checking import check_picture, read_file
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry, identity_of
-from polyalign.datasets.formats.text_lines import as_object, lines, objects
+from polyalign.datasets.formats.text_lines import as_object, count_objects, objects
 from polyalign.datasets.pairing import Mode, pair_up
 from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.prompts import as_condition
@@ -67,7 +67,7 @@ class Rankings(Source):
         return {"files": identity_of({self.path.name: self.path}), "mode": self.mode, "max_pairs_per_prompt": self.limit}
 
     def total(self) -> int:
-        return sum(1 for _ in objects(self.path, 0)) if self.path.suffix == ".json" else sum(1 for _ in lines(self.path, 0))
+        return count_objects(self.path)
 
     def entries(self, start: int) -> Iterator[Entry]:
         for place, number, given in objects(self.path, start):

@@ -75,7 +75,12 @@ class Rows(Source):
 
     def _read(self, pair_id: str, origin: dict[str, Any], stored: dict[str, Any]) -> Outcome:
         chosen, rejected = (parquet_files.bytes_of(stored[column], column) for column in self.columns[1:])
-        given = {"prompt": stored[self.columns[0]], **parquet_files.plain_columns(stored, self.columns)}
+        prompt = stored[self.columns[0]]
+        if not isinstance(prompt, str):
+            found = "nothing" if prompt is None else type(prompt).__name__
+            raise ValueError(f"column '{self.columns[0]}' must be text, found {found}")
+        # The named column is the prompt, whatever another column of that name says.
+        given = {**parquet_files.plain_columns(stored, self.columns), "prompt": prompt}
         return Outcome([pair_of(pair_id, given, chosen, rejected, origin)])
 
 

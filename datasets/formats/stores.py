@@ -30,8 +30,9 @@ def import_store(path: Path, store: PairStore, *, on_bad_row: OnBadRow = "error"
 
 
 def relabel(path: Path, store: PairStore, *, judge: Judge, on_bad_row: OnBadRow = "error") -> dict[str, Any]:
-    """Fill ``store`` with the pairs of the store at ``path`` as ``judge`` prefers them. Its scores stand beside the old ones.
-    The summary has ``disagreement``, the share of all pairs without ties that were swapped.
+    """Fill ``store`` with the pairs of the store at ``path`` as ``judge`` prefers them. Its scores stand beside the old ones,
+    and in the place of those of a judge of the same name. The summary has ``disagreement``, the share of all pairs without
+    ties that were swapped.
 
     Raises:
         UserError: a score that is no finite number, or what :func:`polyalign.datasets.formats.importing.import_pairs` raises.

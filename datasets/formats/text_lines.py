@@ -53,6 +53,11 @@ def objects(path: Path, start: int) -> Iterator[tuple[str, int, Any]]:
         yield f"{path.name} entry {position}", position, whole[position]
 
 
+def count_objects(path: Path) -> int:
+    """How many objects :func:`objects` gives; lines are counted without being opened."""
+    return sum(1 for _ in (objects if path.suffix.lower() == ".json" else lines)(path, 0))
+
+
 def as_object(given: Any) -> dict[str, Any]:
     """The mapping that a line, or an entry of a list, holds.
 

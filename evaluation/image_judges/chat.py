@@ -148,7 +148,7 @@ def _message(answer: str) -> str:
     """The text of the first choice of a completion."""
     try:
         text = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise Unusable("a chat completion was asked for") from error
     if not isinstance(text, str):
         raise Unusable("a chat completion with text was asked for")
@@ -164,7 +164,7 @@ def _body_of(error: urllib.error.HTTPError) -> str:
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
     said = error.headers.get("Retry-After", "") if error.headers else ""
-    return float(said) if said.strip().isdigit() else 0.0
+    return float(said) if said.strip().isdecimal() else 0.0
 
 
 def _cut(text: str) -> str:

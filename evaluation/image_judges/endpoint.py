@@ -199,10 +199,10 @@ def _number(answer: str, key: str) -> float:
     for found in reversed(re.findall(r"\{[^{}]*\}", answer)):
         try:
             value = json.loads(found).get(key)
-        except ValueError:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        except (ValueError, OverflowError):  # no JSON, or an integer that no float can hold
             continue
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
     if re.fullmatch(r"\s*\d{1,3}(\.\d{1,6})?\s*", answer):
         return float(answer)
     raise Unusable(f'{{"{key}": N}} was asked for')

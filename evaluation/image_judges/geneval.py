@@ -21,8 +21,13 @@ from polyalign.evaluation.image_judges import files, pixels
 from polyalign.evaluation.image_judges.base import pretrained
 from polyalign.evaluation.image_judges.clip_judges import FolderClipJudge
 
-RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
-"""GenEval's names of three of COCO's classes; prompts without them would be ambiguous."""
+RENAMED = {
+    **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"},
+    **{"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch"},
+    **{"pottedplant": "potted plant", "diningtable": "dining table", "tvmonitor": "tv"},
+}
+"""GenEval's names of some of COCO's classes: three that would be ambiguous in prompts, and six that some detectors call as
+Pascal VOC does."""
 MEAN, DEVIATION = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)
 GREY = 128 / 255
 """Of what is added to the right and below, so that sides are multiples of 32."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polyalign.core.randomness import seed_of
+from polyalign.evaluation.diversity import THUMBNAIL
 from polyalign.evaluation.report import charts, pictures
 from polyalign.evaluation.report.collect import ReportData
 from polyalign.evaluation.report.markup import foreign, note, number, signed, table, text
@@ -26,6 +27,12 @@ FIRST_SHOWN = 12
 """Cards before the button that shows the rest; the style sheet hides from the next one on."""
 
 WORST_SHOWN = 8
+
+DISTANCES = {
+    "rms": f"Root mean square difference of {THUMBNAIL} x {THUMBNAIL} thumbnails (0 to 1), which sees colours and layout; mean",
+    "cosine": "One less the cosine of the outputs' features; mean",
+}
+"""What the figures of :func:`diversity` are, by metric."""
 
 Item = Mapping[str, Any]
 
@@ -264,7 +271,29 @@ def scores_and_alarms(data: ReportData) -> str:
             f"({became} became broken, {mended} were mended).</p>"
         )
     parts.append(_statistics(evaluation.get("artefacts") or {}))
+    parts.append(diversity(evaluation.get("diversity") or {}))
     return "".join(parts)
+
+
+def diversity(block: Mapping[str, Any]) -> str:
+    """How different the outputs of one prompt are, base against aligned; empty where no prompt has two.
+
+    ``block`` is what :func:`polyalign.evaluation.diversity.compare_diversity` returns.
+    """
+    if not block:
+        return ""
+    low, high = block["interval"]
+    if high < 0:
+        title, says = "It fell", "the aligned model's outputs of one prompt are more alike, which over-optimisation does first"
+    elif low > 0:
+        title, says = "It rose", "the aligned model's outputs of one prompt differ more from each other"
+    else:
+        title, says = "It did not change beyond chance", "the interval of the change holds zero"
+    return (
+        f"<p><b>Diversity within a prompt.</b> Base {number(block['base'])}, aligned {number(block['aligned'])}: "
+        f"{signed(block['change'])}, 95 % interval {signed(low)} to {signed(high)}, over {text(block['prompts'])} prompts. "
+        f"<b>{title}:</b> {says}.</p>" + note(f"{DISTANCES[block['metric']]} over every two outputs of a prompt.")
+    )
 
 
 def _statistics(blocks: Mapping[str, Mapping[str, Any]]) -> str:

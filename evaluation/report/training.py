@@ -206,17 +206,7 @@ def _timestep_reading(group: Points) -> str:
 def data_card(data: ReportData) -> str:
     """Where the pairs came from, what was dropped, how the scores lie, and a few pairs."""
     summary = data.pairs or {}
-    known = (
-        ("prompts", "prompts"),
-        ("samples", "samples drawn"),
-        ("pairs", "pairs kept"),
-        ("ties_dropped", "ties dropped"),
-        ("below_margin", "below the margin"),
-        ("over_limit", "over the limit per prompt"),
-        ("duplicates_dropped", "duplicates dropped"),
-        ("no_pair_prompts", "prompts without a pair"),
-    )
-    cells = [(label, f"{summary[key]:,}", "") for key, label in known if isinstance(summary.get(key), int)]
+    cells = _counted(summary)
     parts = [figures(cells)] if cells else [note("No summary of the pairs was found.")]
     judge = summary.get("judge")
     if isinstance(judge, Mapping) and judge:
@@ -227,6 +217,32 @@ def data_card(data: ReportData) -> str:
     parts.append(_histogram(summary.get("score_histogram")))
     parts.append(_examples(data.pair_examples))
     return "".join(parts)
+
+
+def _counted(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The counts of pairs/summary.json as figures. What became no pair is told apart by its reason."""
+    known = (
+        ("prompts", "prompts", ""),
+        ("rows", "rows read", ""),
+        ("samples", "pictures" if "source" in summary else "samples drawn", ""),
+        ("pairs", "pairs kept", ""),
+        ("ties_dropped", "ties dropped", ""),
+        ("unlabelled_dropped", "unlabelled dropped", "nobody chose"),
+        ("rows_dropped", "rows dropped", "unusable; pairs/summary.json lists them"),
+        ("below_margin", "below the margin", ""),
+        ("over_limit", "over the limit per prompt", ""),
+        ("duplicates_dropped", "duplicates dropped", ""),
+        ("no_pair_prompts", "prompts without a pair", ""),
+    )
+    cells = [
+        (label, f"{summary[key]:,}", remark if summary[key] else "")
+        for key, label, remark in known
+        if isinstance(summary.get(key), int)
+    ]
+    if isinstance(share := summary.get("disagreement"), int | float):
+        remark = f"{summary['disagreed']:,} of {summary['disagreed'] + summary['agreed']:,} pairs turned round"
+        cells.append(("judge against the labels", f"{100 * share:.1f} %", remark))
+    return cells
 
 
 def _histogram(block: Any) -> str:

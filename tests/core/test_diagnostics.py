@@ -70,6 +70,9 @@ def test_the_ends_of_the_mixture_do_not_look_at_the_other_model() -> None:
     policy, reference = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -math.inf]])
     assert geometric_mixture(policy, reference, reference_share=0.0).exp().tolist() == [[0.5, 0.5]]
     assert geometric_mixture(reference, policy, reference_share=1.0).exp().tolist() == [[0.5, 0.5]]
+    for share in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="a share between 0 and 1"):
+            geometric_mixture(policy, reference, reference_share=share)
 
 
 def test_combined_updates_of_different_rank() -> None:

@@ -203,6 +203,12 @@ class TestCoupled:
             seats = {"policy": scores(torch.zeros(2, 2))}
             build(spec("aot"))(seats, batch(CERTAIN * 2), beta=torch.ones(2))
 
+    @pytest.mark.parametrize("name", ["aot", "aot_unpaired", "dspo"])
+    def test_a_loss_that_takes_a_winner_refuses_soft_preferences(self, name):
+        for target in ([0.5, 0.5], [0.3, 0.7]):
+            with pytest.raises(UserError, match="takes a winner out of each pair"):
+                losses(build(spec(name)), [[-0.3, -2.0], [-1.0, -0.5]], target=[[1.0, 0.0], target])
+
     def test_dspo_pulls_towards_the_target_and_away_from_the_reference(self):
         own = torch.tensor([[[[0.5, -0.5]], [[0.1, 0.1]]]], dtype=DOUBLE)  # (1, 2, 1, 2)
         base = torch.tensor([[[[0.2, -0.1]], [[0.1, 0.1]]]], dtype=DOUBLE)

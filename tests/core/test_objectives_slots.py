@@ -20,7 +20,8 @@ from polyalign.core.objectives.numerics import exponent_cap
 from polyalign.core.objectives.offsets import ConstantMargin, RewardMargins
 from polyalign.core.objectives.regularisers import AddedSFT, WinnerAnchor
 from polyalign.core.objectives.view import NOTHING, View
-from polyalign.core.objectives.weights import Mean, Sum, Weighted, reduce_units
+from polyalign.core.objectives.weights import Mean, Sum, reduce_units
+from polyalign.core.objectives.weights_tokens import LengthDesensitised
 from polyalign.core.scores import DenseStatistics, Scores, Unit
 
 torch.set_num_threads(1)
@@ -70,18 +71,12 @@ class TestUnitWeights:
         assert self.reduced(Sum(), unit) == self.reduced(Mean(), unit) == [[-1.5, -4.0]]
 
     def test_weights_may_depend_on_the_partner_as_in_ld_dpo(self):
-        def tail(view: View) -> Tensor:
-            place = view.policy.mask.cumsum(-1)
-            shared = view.policy.mask.sum(-1).amin(1).reshape(-1, 1, 1)
-            return torch.where(place <= shared, 1.0, 0.25)
-
-        weighted = Weighted(tail)
+        weighted = LengthDesensitised(0.25)
         assert weighted.needs == {"per_unit"} and self.reduced(weighted) == [[-1.5, -4.0]]
 
     def test_no_gradient_flows_into_weights(self):
         values = self.VALUES.clone().requires_grad_(True)
-        view = View(scores(values, self.MASK), None, pairs(), {}, 1.0)
-        reduce_units(values, self.MASK, Weighted(lambda seen: seen.policy_values)(view)).sum().backward()
+        reduce_units(values, self.MASK, values).sum().backward()
         assert values.grad is not None
         torch.testing.assert_close(values.grad, torch.where(self.MASK, self.VALUES, 0.0))
 

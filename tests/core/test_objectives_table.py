@@ -222,6 +222,16 @@ class TestCombinations:
                 spec(**content)
         with pytest.raises(UserError, match="nothing to compare"):
             build(spec("mcm_dpo", weights=[0.0] * 7))
+        for name in ("cpo", "modpo"):
+            build(spec(name, loss="hinge"))
+            with pytest.raises(UserError, match="label_smoothing is for objective.loss: logistic, and 0.2 was given"):
+                build(spec(name, loss="hinge", label_smoothing=0.2))
+
+    def test_a_penalty_on_token_probabilities_is_for_tokens(self):
+        plan = Plan("adapter_off", cut=False)
+        refuse_unless_served(build(spec("adpo")), PICTURES, plan, key="objective")
+        with pytest.raises(UserError, match="adpo is for scores of tokens"):
+            refuse_unless_served(build(spec("adpo", reference_kl=0.1)), PICTURES, plan, key="objective")
 
     def test_part_of_beta_keeps_the_rows_own_convention(self):
         assert spec("mapo", beta={"value": 500}).beta.convention == "mean"

@@ -42,6 +42,21 @@ def png(width, height, depth, colour, rows=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def exif_of_another_type():
+    """A JPEG turned by its EXIF, in which the resolution is bytes and no fraction."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, (72, 1)
+    return saved(Image.new("RGB", (8, 8)), "JPEG", exif=exif).replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x01")
+
+
+def tiff_with_an_empty_second_page():
+    content = bytearray(saved(Image.new("RGB", (8, 8)), "TIFF"))
+    first = int.from_bytes(content[4:8], "little")
+    following = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+    content[following : following + 4] = len(content).to_bytes(4, "little")
+    return bytes(content) + bytes(8)
+
+
 FRAMES = [Image.new("RGB", (9, 9), (number * 90, 20, 30)) for number in range(3)]
 BAD = {
     "CMYK": (saved(Image.new("CMYK", (8, 8), (9, 200, 30, 0)), "JPEG"), "a CMYK picture"),
@@ -58,6 +73,8 @@ BAD = {
     "a bomb": (png(60000, 60000, 8, 2), "exceeds limit"),
     "cut off": (picture(1, "JPEG", (64, 64))[:-300], "a picture that does not decode"),
     "cut off PNG": (picture(1, "PNG", (64, 64))[:-3000], "a picture that does not decode"),
+    "damaged EXIF": (exif_of_another_type(), "a picture that does not decode"),
+    "damaged TIFF": (tiff_with_an_empty_second_page(), "not a picture in a format that can be read"),
     "text": (b"<html>404</html>", "not a picture in a format that can be read (16 bytes)"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture in a format"),
     "empty": (b"", "must hold a picture"),

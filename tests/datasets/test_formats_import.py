@@ -96,6 +96,30 @@ def test_splits_in_one_folder_are_not_mixed(tmp_path):
         read("pickapic", tmp_path / "data", tmp_path, split="test")
 
 
+@pytest.mark.parametrize("named", ["{}.parquet", "my-{}.parquet", "default/{}/0000.parquet"])
+def test_splits_are_known_by_the_name_of_a_file_or_its_folder(tmp_path, named):
+    for first, split in ((0, "train"), (30, "test")):
+        save(tmp_path / "data" / named.format(split), pickapic_rows(2, first))
+    with pytest.raises(UserError, match="several splits \\(test, train\\), and no split is named"):
+        read("pickapic", tmp_path / "data", tmp_path)
+    rows, _ = read("pickapic", tmp_path / "data", tmp_path, split="test")
+    assert rows[0]["chosen"] == picture(30, "JPEG")
+
+
+def test_parts_of_one_split_are_read_together(tmp_path):
+    for first, name in enumerate(("a.parquet", "b.parquet")):
+        save(tmp_path / "data" / name, pickapic_rows(1, 3 * first))
+    assert len(read("pickapic", tmp_path / "data", tmp_path)[0]) == 2
+
+
+def test_pickapic_as_hugging_face_saves_it(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(pickapic_rows(5)).save_to_disk(tmp_path / "data", num_shards=2)
+    rows, summary = read("pickapic", tmp_path / "data", tmp_path)
+    assert [row["pair_id"] for row in rows] == ["00000000", "00000001", "00000003", "00000004"] and summary["rows"] == 5
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +166,25 @@ def test_rows_with_columns_of_other_names_and_plain_bytes(tmp_path):
     save(tmp_path / "mine.parquet", data)
     rows, _ = read("rows", tmp_path / "mine.parquet", tmp_path, prompt="text", chosen="win", rejected="lose")
     assert rows[0]["condition"] == {"prompt": "x", "chosen": "not a picture"} and rows[0]["chosen"] == picture(1)
+
+
+def test_the_column_that_is_named_gives_the_prompt(tmp_path):
+    row = {"chosen": picture(1), "rejected": picture(2), "caption": "meant", "prompt": "another"}
+    save(tmp_path / "mine.parquet", [row])
+    rows, _ = read("rows", tmp_path / "mine.parquet", tmp_path, prompt="caption")
+    assert rows[0]["condition"] == {"prompt": "meant"}
+    save(tmp_path / "empty.parquet", [row, {**row, "prompt": None}])
+    with pytest.raises(UserError, match="empty.parquet row 1: column 'prompt' must be text, found nothing"):
+        read("rows", tmp_path / "empty.parquet", tmp_path / "other")
+
+
+@pytest.mark.parametrize("task", [3, ["colour", 1]])
+def test_a_task_that_is_no_text_stays_what_it_is(tmp_path, task):
+    write(tmp_path / "1.png", picture(1))
+    write(tmp_path / "2.png", picture(2))
+    write(tmp_path / "p.jsonl", json.dumps({"prompt": "x", "task": task, "chosen": "1.png", "rejected": "2.png"}))
+    rows, _ = read("jsonl", tmp_path / "p.jsonl", tmp_path)
+    assert rows[0]["condition"] == {"prompt": "x", "task": task}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------

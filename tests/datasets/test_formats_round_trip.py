@@ -157,6 +157,7 @@ def test_pictures_that_were_swapped_after_the_export_do_not_keep_their_scores(st
         (lambda known: known["provenance"].update(chosen_seed="7"), "provenance 'chosen_seed' is '7'"),
         (lambda known: known["chosen_scores"].update(a=float("nan")), "chosen_scores of 'a' is nan"),
         (lambda known: known.pop("sha256"), "'sha256' is None"),
+        (lambda known: known["condition"].update(prompt="another"), "'condition' holds a prompt, 'another'"),
     ],
 )
 def test_damaged_notes_of_an_export(store, tmp_path, change, said):
@@ -195,6 +196,7 @@ def test_command_line_both_ways(store, tmp_path, capsys):
         (["--to", "webdatset", out], "there is no format 'webdatset'; formats: folders, "),
         (["--from", "relabel", out], "'relabel' needs judges, which a recipe names"),
         (["--from", "own_samples", out], "'own_samples' samples from a model, which a recipe names"),
+        (["--to", "jsonl", out, "--on-bad-row", "drop"], "--option and --on-bad-row belong to --from"),
         (["--from", "webdataset", out, "--option", "chosen"], "write it as key=value"),
         (["--from", "webdataset", out, "--option", "chosn=x"], "no such option; its options: chosen, rejected"),
         (["--from", "webdataset", out, "--option", "chosen=3"], "options.chosen: Input should be a valid string (found 3)"),

@@ -4,6 +4,7 @@ tiny and random, in the published layouts."""
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,16 @@ def test_the_judge_runs_on_published_layouts(networks):
     assert set(scores) <= {0.0, 1.0} and scores == judge.score(asked, images)
     colours = judge.colours(images[0], "dog", [at(0, 0, size=30), at(20, 20, size=40)])
     assert len(colours) == 2 and set(colours) <= set(geneval.COLOURS)
+
+
+def test_both_names_of_cocos_classes_are_genevals(networks, tmp_path):
+    shutil.copytree(networks["detector"], tmp_path / "detector")
+    path = tmp_path / "detector" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "id2label": {"0": "sofa", "1": "tvmonitor", "2": "pottedplant"}, "label2id": {}}))
+    options = {**networks, "detector": str(tmp_path / "detector"), "side": 64}
+    judge: Any = judges.build(JudgeConfig(name="geneval", options=options))
+    assert judge.classes == ["couch", "tv", "potted plant"]
 
 
 def test_prompts_that_are_not_genevals_are_refused(networks):

@@ -193,6 +193,12 @@ def test_a_garbage_answer_is_an_error_that_quotes_it(server, text):
     assert (text or "") in message and "was asked for" in message
 
 
+def test_a_number_beyond_all_floats_is_garbage(server):
+    server.answer = lambda body: completion(f'{{"score": 1{"0" * 400}}}')
+    with pytest.raises(UserError, match="was asked for"):
+        judge(server, retries=0).score(asked("a"), grey(9))
+
+
 @pytest.mark.parametrize("text", ["3", '{"better": 3}', '{"score": 1}', "the first"])
 def test_pairwise_garbage_too(server, text):
     server.answer = lambda body: completion(text)
@@ -213,6 +219,12 @@ def test_refusals_end_at_once_and_endless_answers_are_cut(server):
     with pytest.raises(UserError, match="status 401.*wrong key"):
         judge(server).score(asked("a"), grey(9))
     assert len(server.seen) == 1
+    server.answer = lambda body: (200, {}, b"[" * (1 << 19))
+    with pytest.raises(UserError, match="a chat completion was asked for"):
+        judge(server, retries=0).score(asked("a"), grey(9))
+    server.answer = lambda body: (503, {"Retry-After": "\u00b2"}, b"")  # a digit to str.isdigit, and no number to float
+    with pytest.raises(UserError, match="status 503.*after 1 attempts"):
+        judge(server, retries=0).score(asked("a"), grey(9))
     server.answer = lambda body: (200, {}, b"x" * (3 << 20))
     with pytest.raises(UserError) as raised:
         judge(server, retries=0).score(asked("a"), grey(9))

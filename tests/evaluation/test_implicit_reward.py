@@ -110,6 +110,23 @@ def test_ties_are_left_out_and_the_target_says_who_was_chosen():
         implicit_reward_accuracy(Numbers(), model, reference, [])
 
 
+class Padded(Numbers):
+    """A second unit under the mask, whose value is minus infinity, as padding of an impossible token has it."""
+
+    def score(self, model: Model, batch: Batch, draws: torch.Tensor) -> Scores:
+        found = super().score(model, batch, draws)
+        values = torch.cat([found.values, torch.full_like(found.values, -torch.inf)], -1)
+        mask = torch.cat([found.mask.bool(), torch.zeros_like(found.mask).bool()], -1)
+        return Scores(values, mask, found.unit)
+
+
+def test_nothing_under_the_mask_counts():
+    model, reference = moved(1.0)
+    rows = [pair("a", 2.0, 1.0), pair("b", 0.0, 5.0)]
+    plain = implicit_reward_accuracy(Numbers(), model, reference, rows, draws=2)
+    assert implicit_reward_accuracy(Padded(), model, reference, rows, draws=2) == plain
+
+
 def test_more_draws_are_right_more_often_and_are_the_same_every_time():
     model, reference = moved(1.0)
     rows = [pair(str(index), 1.0, 0.0) for index in range(200)]
