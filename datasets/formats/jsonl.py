@@ -18,7 +18,7 @@ from polyalign.datasets.formats.checking import read_file
 from polyalign.datasets.formats.exporting import as_file, rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
-from polyalign.datasets.formats.text_lines import as_object, count_objects, objects
+from polyalign.datasets.formats.text_lines import as_object, count_objects, named_files, objects
 from polyalign.datasets.pair_rows import PICTURES
 from polyalign.datasets.pairs import PairStore
 
@@ -32,6 +32,11 @@ def import_jsonl(path: Path, store: PairStore, *, on_bad_row: OnBadRow = "error"
         path: a ``.jsonl`` file, a ``.json`` file that is a list, or the folder of an export (with ``pairs.jsonl``).
     """
     return import_pairs(JsonLines(Path(path)), store, on_bad_row=on_bad_row)
+
+
+def listed(path: Path) -> list[Path]:
+    """The pictures that the file at ``path`` names."""
+    return named_files(JsonLines(path).path, PICTURES)
 
 
 class JsonLines(Source):

@@ -25,7 +25,7 @@ from polyalign.core.errors import UserError
 from polyalign.datasets.formats.checking import check_picture, read_file
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry, identity_of
-from polyalign.datasets.formats.text_lines import as_object, count_objects, objects
+from polyalign.datasets.formats.text_lines import as_object, count_objects, named_files, objects
 from polyalign.datasets.pairing import Mode, pair_up
 from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.prompts import as_condition
@@ -49,6 +49,11 @@ def import_rankings(
         max_pairs_per_prompt: at most so many of one entry.
     """
     return import_pairs(Rankings(Path(path), mode, max_pairs_per_prompt), store, on_bad_row=on_bad_row)
+
+
+def listed(path: Path) -> list[Path]:
+    """The pictures that the file at ``path`` names."""
+    return named_files(Rankings(path).path, ("generations",))
 
 
 class Rankings(Source):

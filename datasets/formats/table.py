@@ -28,7 +28,7 @@ _HERE = "polyalign.datasets.formats"
 @dataclass(frozen=True)
 class Format:
     """One row. ``what`` ends the sentence "source 'x' needs 'path', ..."; ``needs`` names what the importer is given besides: a
-    ``judge``, or a ``drawing`` (who samples from the base)."""
+    ``judge``, or a ``drawing`` (who samples from the base). ``lists`` gives the files that the data's own file only names."""
 
     name: str
     place: Place
@@ -36,6 +36,7 @@ class Format:
     reads: str
     writes: str | None = None
     needs: Literal["judge", "drawing"] | None = None
+    lists: str | None = None
 
 
 FORMATS: Mapping[str, Format] = {
@@ -61,6 +62,7 @@ FORMATS: Mapping[str, Format] = {
             "a file of lines with prompt, chosen and rejected",
             f"{_HERE}.jsonl:import_jsonl",
             f"{_HERE}.jsonl:export_jsonl",
+            lists=f"{_HERE}.jsonl:listed",
         ),
         Format(
             "pickapic",
@@ -83,7 +85,13 @@ FORMATS: Mapping[str, Format] = {
             f"{_HERE}.webdataset:import_webdataset",
             f"{_HERE}.webdataset:export_webdataset",
         ),
-        Format("rankings", "path", "a file of prompts, pictures and their ranking", f"{_HERE}.rankings:import_rankings"),
+        Format(
+            "rankings",
+            "path",
+            "a file of prompts, pictures and their ranking",
+            f"{_HERE}.rankings:import_rankings",
+            lists=f"{_HERE}.rankings:listed",
+        ),
         Format("store", "store", "the folder of a pair store", f"{_HERE}.stores:import_store"),
         Format("relabel", "store", "the folder of a pair store", f"{_HERE}.stores:relabel", needs="judge"),
         Format(
@@ -144,6 +152,16 @@ def import_format(
         if given[row.needs] is None:
             raise UserError(f"source '{name}' needs a {row.needs}")
     return _load(row.reads)(Path(path), store, on_bad_row=on_bad_row, **given)
+
+
+def listed_files(name: str, path: str | Path) -> list[Path]:
+    """The files that the data at ``path`` are made of besides ``path`` itself, where it only names them.
+
+    Raises:
+        UserError: no such format, or the file that names them cannot be read.
+    """
+    lists = _row(name).lists
+    return [] if lists is None else _load(lists)(Path(path))
 
 
 def exporter(name: str) -> Callable[[PairStore, Path], None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from polyalign.core.errors import UserError
+from polyalign.datasets.formats.checking import inside
 
 
 def lines(path: Path, start: int) -> Iterator[tuple[int, str]]:
@@ -74,3 +76,18 @@ def as_object(given: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"expected an object, found {type(given).__name__}")
     return given
+
+
+def named_files(path: Path, keys: Sequence[str]) -> list[Path]:
+    """The files that the objects of ``path`` name under ``keys`` (a name, or a list of names), each once, sorted. What is no
+    object or no file below its folder is left out: the import refuses it, and says where it stands."""
+    found = set()
+    for _, _, given in objects(path, 0):
+        with suppress(ValueError):
+            line = as_object(given)
+            for value in (line.get(key) for key in keys):
+                for name in value if isinstance(value, list) else [value]:
+                    if isinstance(name, str):
+                        with suppress(ValueError):
+                            found.add(inside(path.parent, name))
+    return sorted(found)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write, disk_full_explained
+from polyalign.core.files import atomic_write, disk_full_explained, sha256_of
 from polyalign.core.progress import ProgressLine
 from polyalign.core.randomness import seed_of
 from polyalign.core.run import RunFolder
@@ -111,13 +111,27 @@ def _judge_files(specs: Sequence[JudgeConfig]) -> dict[str, Any]:
     return {"judges": {path: fingerprint(path) for path in paths}} if paths else {}
 
 
+def _listed(recipe: ImageRecipe) -> dict[str, Any]:
+    """The hash of the pictures that the data's file only names, as an input of the stage."""
+    from polyalign.datasets.formats.table import FORMATS, listed_files
+
+    pairs = recipe.pairs
+    if pairs.location is None or pairs.source not in FORMATS or FORMATS[pairs.source].lists is None:
+        return {}
+    beside = Path(pairs.location).parent
+    files = listed_files(pairs.source, pairs.location)
+    return {
+        "listed": sha256_of("\n".join(f"{os.path.relpath(file, beside)} {fingerprint(str(file))}" for file in files).encode())
+    }
+
+
 def generate(recipe: ImageRecipe, run: RunFolder) -> None:
     """Prompts to pairs, or preferences in any format to pairs: writes ``pairs/``."""
     refuse_several_processes("generate", run)
     refuse_early(recipe)
     pairs = recipe.pairs
     inputs: dict[str, Any] = {"pairs": pairs.inputs(), "seed": recipe.seed, "source": fingerprint(pairs.location)}
-    inputs |= _judge_files(pairs.judges)
+    inputs |= _judge_files(pairs.judges) | _listed(recipe)
     if pairs.sampled:
         inputs |= model_files(recipe)
         inputs |= {"model": _base_of(recipe), "sampler": recipe.sampler, "resolution": recipe.prepare.resolution}

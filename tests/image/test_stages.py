@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from image_runs import LORA, digest, lines, only_generated, polyalign, recipe, save_base, write_recipe  # noqa: E402
 
+SIDES = ("chosen", "rejected")
 BLOCK = {"wins", "losses", "ties", "rate", "wilson", "rate_with_ties", "bootstrap", "sign_test_p"}
 
 
@@ -337,6 +338,24 @@ def test_the_users_own_pictures(base: Path, pictures_with_names: Path, tmp_path:
     card = (run / "adapter" / "README.md").read_text()
     assert f"| pairs | {12 - len(set(evaluated))} |" in card
     assert (run / "report.html").is_file()
+
+
+def test_a_picture_changed_under_its_name_in_a_list_is_imported_anew(
+    base: Path, pictures_with_names: Path, tmp_path: Path
+) -> None:
+    """The list of a JSON-lines source only names its pictures: the stage has to see them too."""
+    lines_of = [{"prompt": f"a red square number {n}", **{side: f"{side}/{n:02d}.png" for side in SIDES}} for n in range(12)]
+    listing = pictures_with_names / "pairs.jsonl"
+    listing.write_text("\n".join(map(json.dumps, lines_of)))
+    config = write_recipe(tmp_path, recipe(base, pairs={"source": "jsonl", "path": str(listing)}))
+    run = tmp_path / "run"
+    assert polyalign("generate", config, run) == 0
+    first = PairStore(run / "pairs").content_hash()
+    assert polyalign("generate", config, run) == 0 and PairStore(run / "pairs").content_hash() == first
+    Image.new("RGB", (40, 36), (1, 2, 3)).save(pictures_with_names / "chosen" / "03.png")
+    assert polyalign("generate", config, run) == 0
+    store = PairStore(run / "pairs")
+    assert store.content_hash() != first and store.rows([3])[0]["chosen"].getpixel((0, 0)) == (1, 2, 3)
 
 
 @pytest.mark.parametrize(
