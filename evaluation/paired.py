@@ -59,7 +59,7 @@ def evaluate_paired(
     arms = arms or {}
     _check_lengths(conditions, {"base": base_outputs, "aligned": aligned_outputs, "seeds": seeds, **arms})
     if not judges:
-        raise UserError("an evaluation needs at least one judge")
+        raise UserError("an evaluation needs at least one judge. Name one in the recipe: evaluate: {judges: [{name: ...}]}")
     refuse_unfit(judges)
     first, *others = judges
     table = _Table(conditions, seed, tie_margin)

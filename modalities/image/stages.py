@@ -250,10 +250,12 @@ def sampled(
 
 
 def report(recipe: ImageRecipe, run: RunFolder) -> None:
-    """Whatever the run folder holds, in one page: writes ``report.html`` and ``report.json``."""
+    """Whatever the run folder holds, in one page: writes ``report.html`` and ``report.json``, and says the verdict."""
     from polyalign.evaluation.report import write_report
 
-    write_report(run.path)
+    page = write_report(run.path)
+    verdict = json.loads((run / "report.json").read_text(encoding="utf-8"))["verdict"]
+    print(f"{verdict['state']}: {verdict['sentence']}\nreport: {page}")
 
 
 def export(recipe: ImageRecipe, run: RunFolder, destination: Path) -> None:

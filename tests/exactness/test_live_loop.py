@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import image_dpo  # noqa: E402
-from benchmarks.live_loop import live_loop  # noqa: E402
+from benchmarks import image_dpo  # noqa: E402  # pyright: ignore[reportMissingImports]
+from benchmarks.live_loop import live_loop  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 STEPS = 4
 

@@ -40,6 +40,14 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def test_the_report_says_its_verdict_and_where_it_lies(aligned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = aligned
+    assert polyalign("report", config, run) == 0
+    said = capsys.readouterr().out
+    verdict = read(run / "report.json")["verdict"]
+    assert f"{verdict['state']}: {verdict['sentence']}" in said and f"report: {run / 'report.html'}" in said
+
+
 def test_align_makes_every_product(aligned: tuple[Path, Path]) -> None:
     _, run = aligned
     files = ("config.yaml", "metrics.jsonl", "environment.json", "evaluation.json", "stages.json", "report.html", "report.json")
