@@ -6,6 +6,7 @@ see ``Scored.absolute`` in both roles and weigh them by p, as pair losses do; th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,13 +29,14 @@ class Pointwise(Flags):
     shift_invariant: bool = False
 
 
-class WinnerLoser(Pointwise):
+class WinnerLoser(Pointwise, ABC):
     """A loss of a winner's and a loser's score; a soft p is the mean over both ways round."""
 
     name: str
 
+    @abstractmethod
     def _hard(self, winner: Tensor, loser: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The loss where it is certain which is which."""
 
     def __call__(self, scored: Scored) -> Tensor:
         _, p = scored.pair(self.name)

@@ -27,9 +27,6 @@ class Offset(Protocol):
     def seats(self) -> tuple[str, ...]: ...
 
     @property
-    def carries_gradient(self) -> bool: ...
-
-    @property
     def group_separable(self) -> bool: ...
 
     def __call__(self, view: View) -> Tensor: ...
@@ -45,7 +42,6 @@ class RewardMargins:
 
     needs: frozenset[str] = NOTHING
     seats: tuple[str, ...] = ()
-    carries_gradient: bool = False
     group_separable: bool = True
 
     def __call__(self, view: View) -> Tensor:
@@ -65,7 +61,6 @@ class ConstantMargin:
     gamma: float
     needs: frozenset[str] = NOTHING
     seats: tuple[str, ...] = ()
-    carries_gradient: bool = False
     group_separable: bool = True
 
     def __call__(self, view: View) -> Tensor:
@@ -84,7 +79,6 @@ class PositionKL:
     frozen_winner: bool
     needs: frozenset[str] = frozenset({"dense_kl"})
     seats: tuple[str, ...] = ()
-    carries_gradient: bool = True
     group_separable: bool = True
 
     def __call__(self, view: View) -> Tensor:
@@ -107,7 +101,6 @@ class Baseline:
 
     kind: Literal["batch", "classes", "mismatched"]
     needs: frozenset[str] = NOTHING
-    carries_gradient: bool = False
     group_separable: bool = False
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.datasets.formats.checking import inside
-from polyalign.datasets.pairs import table_bytes
+from polyalign.datasets.formats.exporting import parts_of
+from polyalign.datasets.pairs import PairStore, table_bytes
 
 ENDINGS = (".parquet", ".arrow")
 BATCH = 16  # rows in memory at a time, besides what the file's own row groups ask for
@@ -213,8 +214,13 @@ def bytes_of(stored: Any, column: str) -> bytes:
     return stored
 
 
-def write_files(folder: Path, split: str, rows: Iterator[list[dict[str, Any]]], schema: pa.Schema, count: int) -> None:
-    """``SPLIT-00000-of-0000N.parquet``, one for each list of rows; ``count`` of them."""
-    for number, part in enumerate(rows):
-        path = folder / f"{split}-{number:05d}-of-{count:05d}.parquet"
-        atomic_write(path, table_bytes(pa.Table.from_pylist(part, schema=schema)))
+def write_files(
+    store: PairStore, folder: Path, exported: Callable[[dict[str, Any]], dict[str, Any]], schema: pa.Schema
+) -> None:
+    """``train-00000-of-0000N.parquet`` in ``folder``, in the store's order; ``exported`` makes a stored row one of ``schema``,
+    pictures as the bytes of their files."""
+    parts = parts_of(store)
+    for number, part in enumerate(parts):
+        rows = [exported(row) for row in store.rows(part, decode=False)]
+        path = folder / f"train-{number:05d}-of-{len(parts):05d}.parquet"
+        atomic_write(path, table_bytes(pa.Table.from_pylist(rows, schema=schema)))

@@ -20,7 +20,6 @@ import pyarrow as pa
 
 from polyalign.datasets.formats import parquet_files
 from polyalign.datasets.formats.carrying import KEY, carried, pair_of
-from polyalign.datasets.formats.exporting import parts_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.pairs import PairStore
@@ -99,9 +98,7 @@ def _read(pair_id: str, origin: dict[str, Any], stored: dict[str, Any]) -> Outco
 
 def export_pickapic(store: PairStore, folder: Path) -> None:
     """``train-00000-of-0000N.parquet`` in ``folder``, in the store's order, pictures byte for byte."""
-    parts = parts_of(store)
-    tables = ([_exported(row) for row in store.rows(part, decode=False)] for part in parts)
-    parquet_files.write_files(folder, "train", tables, _SCHEMA, len(parts))
+    parquet_files.write_files(store, folder, _exported, _SCHEMA)
 
 
 def _exported(row: dict[str, Any]) -> dict[str, Any]:

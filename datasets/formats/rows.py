@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from polyalign.datasets.formats import parquet_files
 from polyalign.datasets.formats.carrying import KEY, carried, pair_of
-from polyalign.datasets.formats.exporting import parts_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.pairs import PairStore
@@ -86,9 +85,7 @@ class Rows(Source):
 
 def export_rows(store: PairStore, folder: Path) -> None:
     """``train-00000-of-0000N.parquet`` in ``folder``, in the store's order, pictures byte for byte."""
-    parts = parts_of(store)
-    tables = ([_exported(row) for row in store.rows(part, decode=False)] for part in parts)
-    parquet_files.write_files(folder, "train", tables, _SCHEMA, len(parts))
+    parquet_files.write_files(store, folder, _exported, _SCHEMA)
 
 
 def _exported(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,7 +21,7 @@ from polyalign.evaluation.image_judges import files
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class NetworkJudge:
+class NetworkJudge(ABC):
     """A judge that scores pictures in batches with a network.
 
     Making one checks its options and reads nothing; the weights are found, hashed and read at the first score, or when
@@ -59,13 +60,13 @@ class NetworkJudge:
         """The files on this machine that a score depends on; none of what would come from the hub."""
         return [path for where in self.sources if where is not None for path in files.local(where)]
 
+    @abstractmethod
     def weights(self) -> str:
         """Names and hashes of the weight files. They are found, or fetched from the hub, but not opened."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score_batch(self, conditions: Sequence[Mapping[str, Any]], pictures: Sequence[Image.Image]) -> torch.Tensor:
         """(B,) scores of one batch."""
-        raise NotImplementedError
 
     def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Image.Image]) -> list[float]:
         """A score for each picture; ``conditions[i]["prompt"]`` is what picture i was made from."""

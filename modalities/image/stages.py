@@ -113,16 +113,14 @@ def _judge_files(specs: Sequence[JudgeConfig]) -> dict[str, Any]:
 
 def _listed(recipe: ImageRecipe) -> dict[str, Any]:
     """The hash of the pictures that the data's file only names, as an input of the stage."""
-    from polyalign.datasets.formats.table import FORMATS, listed_files
+    from polyalign.datasets.formats.table import listed_files
 
     pairs = recipe.pairs
-    if pairs.location is None or pairs.source not in FORMATS or FORMATS[pairs.source].lists is None:
+    if pairs.source == "generate" or pairs.location is None:
         return {}
-    beside = Path(pairs.location).parent
-    files = listed_files(pairs.source, pairs.location)
-    return {
-        "listed": sha256_of("\n".join(f"{os.path.relpath(file, beside)} {fingerprint(str(file))}" for file in files).encode())
-    }
+    files, beside = listed_files(pairs.source, pairs.location), Path(pairs.location).parent
+    hashes = "\n".join(f"{os.path.relpath(file, beside)} {fingerprint(str(file))}" for file in files)
+    return {"listed": sha256_of(hashes.encode())} if files else {}
 
 
 def generate(recipe: ImageRecipe, run: RunFolder) -> None:

@@ -203,7 +203,6 @@ class TestOffsets:
         class KLOfTheLoser:
             needs: frozenset[str] = frozenset({"dense_kl"})
             seats: tuple[str, ...] = ()
-            carries_gradient: bool = True
             group_separable: bool = True
 
             def __call__(self, view: View) -> Tensor:
