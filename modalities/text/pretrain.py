@@ -1,0 +1,284 @@
+"""Train the embedded base: ``python -m polyalign.modalities.text.pretrain FOLDER``.
+
+It learns to summarise stays of the world `clinical`, from summaries that are wrong as often as `clinical.ERRORS` says, so that
+there is something to prefer. It is gated at the end, on stays that are held out: of sampled summaries between 0.25 and 0.85 are
+right in everything, and of single facts at least 0.9 are right.
+
+Only the summary's tokens count. AdamW with a warm-up and a cosine, and an exponential moving average of the weights, which is
+what is kept. Every draw is keyed by its step, so that a killed run continues to the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from polyalign.core.environment import without_folders
+from polyalign.core.errors import UserError
+from polyalign.core.randomness import seed_of
+from polyalign.datasets.clinical.stay import prompt_of
+from polyalign.datasets.worlds import clinical
+from polyalign.modalities.text import tiny_architecture as tiny
+
+MODULE = "polyalign.modalities.text.pretrain"
+IGNORED = -100
+WINDOW = 8
+"""Batches that are drawn together and sorted by length, so that little of a batch is padding."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the shipped weights were trained with; the command line changes ``steps`` only, for trials."""
+
+    seed: int = 20261121
+    steps: int = 5_000
+    batch: int = 32
+    rate: float = 2e-3
+    warmup: int = 100
+    ema: float = 0.998
+    tokenizer_stays: int = 3_000
+    save_every: int = 500
+    measured: int = 400
+
+
+def rate_at(step: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine to a hundredth of the peak."""
+    if step < settings.warmup:
+        return settings.rate * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def random_rows(count: int, seed: int, purpose: str, number: int) -> list[tuple[str, str]]:
+    """(prompt, summary as a hurried doctor writes it) of stays that are not held out."""
+    draws = random.Random(seed_of(seed, purpose, number))
+    rows: list[tuple[str, str]] = []
+    while len(rows) < count:
+        stay = clinical.random_stay(draws)
+        prompt = prompt_of(stay)
+        if not clinical.held_out(prompt):
+            rows.append((prompt, clinical.noisy_summary(stay, draws)))
+    return rows
+
+
+class Data:
+    """Batches (ids, labels), each (B, U), by step."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: Settings):
+        self.tokenizer, self.settings = tokenizer, settings
+        self.window: tuple[int, list[list[tuple[list[int], int]]]] = (-1, [])
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        number, place = divmod(step, WINDOW)
+        if self.window[0] != number:
+            self.window = (number, self._batches(number))
+        rows = self.window[1][place]
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        labels = torch.full((len(rows), longest), IGNORED)
+        for index, (row, prompt) in enumerate(rows):
+            ids[index, : len(row)] = labels[index, : len(row)] = torch.tensor(row)
+            labels[index, :prompt] = IGNORED
+        return ids, labels
+
+    def _batches(self, number: int) -> list[list[tuple[list[int], int]]]:
+        size = self.settings.batch
+        rows = random_rows(size * WINDOW, self.settings.seed, "stays", number)
+        encoded = [self._encode(prompt, summary) for prompt, summary in rows]
+        encoded.sort(key=lambda row: len(row[0]))
+        batches = [encoded[start : start + size] for start in range(0, len(encoded), size)]
+        random.Random(seed_of(self.settings.seed, "order", number)).shuffle(batches)
+        return batches
+
+    def _encode(self, prompt: str, summary: str) -> tuple[list[int], int]:
+        """Ids of prompt, summary and end, and the prompt's length."""
+        first = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        second = self.tokenizer(summary, add_special_tokens=False).input_ids
+        return [*first, *second, self.tokenizer.eos_token_id], len(first)
+
+
+class Training:
+    """The network, its optimiser, the average of its weights, and a state on disk that makes a killed run go on.
+
+    Raises:
+        UserError: the state on disk is of another run.
+    """
+
+    def __init__(self, network: LlamaForCausalLM, data: Data, settings: Settings, folder: Path):
+        self.network, self.data, self.settings = network, data, settings
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.average = {key: value.clone() for key, value in network.state_dict().items()}
+        self.file, self.start = folder / "state.pt", 0
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            if state["made_with"] != asdict(settings):
+                raise UserError(f"{self.file}: is of a run with other settings. Move {folder} away, or give another FOLDER")
+            network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.start = state["average"], state["step"]
+
+    def run(self, watch: Any) -> None:
+        smooth = None
+        with Progress() as progress:
+            bar = progress.add_task("summaries", total=self.settings.steps, completed=self.start)
+            for step in range(self.start, self.settings.steps):
+                loss = self._step(step)
+                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+                progress.update(bar, advance=1, description=f"summaries {smooth:.4f}")
+                if (step + 1) % self.settings.save_every == 0 or step + 1 == self.settings.steps:
+                    self._save(step + 1)
+                    figures = json.dumps(self.averaged(watch))
+                    progress.console.print(f"step {step + 1}: loss {smooth:.4f} {figures}", highlight=False)
+        self.network.load_state_dict(self.average)
+
+    def _step(self, step: int) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(step, self.settings)
+        ids, labels = self.data.batch(step)
+        logits = self.network(ids[:, :-1]).logits  # rows are padded on the right, where a causal model does not look
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(self.settings.ema, (step + 1) / (step + 10))
+        for key, value in self.network.state_dict().items():
+            self.average[key].lerp_(value, 1 - decay)
+        return loss.item()
+
+    def averaged(self, watch: Any) -> Any:
+        """``watch(network)`` with the averaged weights in it."""
+        raw = {key: value.clone() for key, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average)
+        found = watch(self.network)
+        self.network.load_state_dict(raw)
+        return found
+
+    def _save(self, step: int) -> None:
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": step,
+            "made_with": asdict(self.settings),
+        }
+        temporary = self.file.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.file)
+
+
+@torch.no_grad()
+def summaries(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int) -> list[str]:
+    """One sample at temperature 1 for each prompt."""
+    tokenizer.padding_side = "left"
+    texts: list[str] = []
+    for start in range(0, len(prompts), 100):
+        inputs = tokenizer(list(prompts[start : start + 100]), padding=True, add_special_tokens=False, return_tensors="pt")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + start)
+            made: Any = network.generate(
+                input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=True, top_k=0, max_new_tokens=220
+            )
+        texts += tokenizer.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def measure(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings, count: int) -> dict[str, float]:
+    """Shares over held-out stays: of summaries that are right in everything, and of facts by what became of them."""
+    network.eval()
+    stays = clinical.stays("heldout", count, settings.seed)
+    texts = summaries(network, tokenizer, [prompt_of(stay) for stay in stays], settings.seed)
+    network.train()
+    verdicts = [clinical.compare(stay, text) for stay, text in zip(stays, texts, strict=True)]
+    facts = sum(verdict.facts for verdict in verdicts)
+    counts = {
+        name: sum(getattr(one, name) for one in verdicts) for name in ("right", "altered", "omitted", "invented", "unreadable")
+    }
+    shares = {f"facts_{name}": round(value / facts, 4) for name, value in counts.items()}
+    return {"right": round(sum(one.score == 1 for one in verdicts) / len(verdicts), 4), **shares}
+
+
+def unfit(figures: dict[str, float]) -> str | None:
+    """Why a base with these figures is none to align, or None."""
+    if not 0.25 <= figures["right"] <= 0.85:
+        return f"{figures['right']} of its summaries are right in everything; 0.25 to 0.85 leaves something to learn"
+    if figures["facts_right"] < 0.9:
+        return f"{figures['facts_right']} of its facts are right, which is less than 0.9: it has not learnt to summarise"
+    return None
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER",)) -> dict[str, Any]:
+    """Train a base and write it to ``folder`` with ``base.json``, its record, which is returned. ``options`` are the words of
+    the command line, for the record.
+
+    Raises:
+        UserError: the state in ``FOLDER.work`` is of a run with other settings.
+    """
+    started = time.time()
+    work = folder.with_suffix(".work")
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny.tokenizer_of(
+        text for row in random_rows(settings.tokenizer_stays, settings.seed, "tokenizer", 0) for text in row
+    )
+    training = Training(tiny.build(tokenizer, settings.seed), Data(tokenizer, settings), settings, work)
+    training.run(lambda network: measure(network, tokenizer, settings, settings.measured // 2))
+    training.network.to(torch.float16).save_pretrained(folder)
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(folder)
+    kept = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)  # measured as it is shipped: rounded to float16
+    record = {
+        "world": "clinical",
+        "errors_in_its_summaries": dict(clinical.ERRORS),
+        "settings": asdict(settings),
+        "sha256": digest(folder),
+        "figures": measure(kept, tokenizer, settings, settings.measured),
+        "seconds_of_the_last_run": round(time.time() - started),
+        "torch": torch.__version__,
+        "command": shlex.join(["python", "-m", MODULE, *map(without_folders, options)]),
+    }
+    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the base goes; the state of a run that goes on lies in FOLDER.work")
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        record = pretrain(options.folder, Settings(steps=options.steps), arguments)
+    except UserError as error:
+        print(f"pretrain: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    print(json.dumps(record, indent=2))
+    reason = unfit(record["figures"])
+    if reason is not None:
+        raise SystemExit(f"this base is not fit to be aligned: {reason}")
+
+
+if __name__ == "__main__":
+    main()
