@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polyalign.core.adapter import Adapter, Model, Row
 from polyalign.core.candidates import Batch
+from polyalign.core.diagnostics import indicator_figures, margin_figures, token_figures
 from polyalign.core.errors import UserError
 from polyalign.core.learner import is_sharded
 from polyalign.core.objectives import AutoBeta, Beta, Objective, Outcome
@@ -146,6 +147,8 @@ class DirectPreference:
             found = seat.scores(self.adapter, model, batch, draws, index=index)
             if found is not None:
                 scores[name] = of_length(found, policy.values.shape[-1])
+        if "dense_kl" in self.objective.needs and "reference" in scores:
+            scores["policy"] = with_divergence(policy, scores["reference"])
         self.unit, self.used_beta = policy.unit, self.stated_beta
         outcome = self.objective(scores, batch, beta=self.used_beta.effective(policy.unit))
         return {"policy": with_likelihood_figures(outcome, scores)}
@@ -209,16 +212,29 @@ class DirectPreference:
 
 
 def with_likelihood_figures(outcome: Outcome, scores: Mapping[str, Scores]) -> Outcome:
-    """Name the values as what they are: errors (higher is worse) of denoising likelihoods, log-probabilities of token ones; and
-    keep the timesteps, so that margins can be listed by them."""
+    """Name the values as what they are: errors (higher is worse) of denoising likelihoods, log-probabilities of token ones; add
+    what ``polyalign diagnose`` asks for; and keep the timesteps, so that margins can be listed by them."""
     policy, statistics = scores["policy"], dict(outcome.statistics)
     kind, sign = ("logps", 1.0) if policy.unit.kind == "token" else ("error", -1.0)
     for seat in ("policy", "reference"):
         if policy.unit.kind != "surrogate" and seat in scores and f"{seat}_value" in statistics:
             statistics[f"{kind}/{seat}"] = sign * statistics[f"{seat}_value"]
+    if "margin" in statistics:
+        statistics |= margin_figures(statistics["margin"])
+    if policy.unit.kind == "token":
+        statistics |= token_figures({seat: scores[seat] for seat in ("policy", "reference") if seat in scores})
+        statistics |= indicator_figures(policy)
     if "timestep" in policy.notes:
         statistics["timestep"] = policy.notes["timestep"].detach()
     return Outcome(outcome.loss, statistics)
+
+
+def with_divergence(policy: Scores, reference: Scores) -> Scores:
+    """``policy`` with KL(reference || policy) at each unit, where both have kept their distributions."""
+    own, other = (None if scores.dense is None else scores.dense.distributions for scores in (policy, reference))
+    if policy.dense is None or own is None or other is None:
+        return policy
+    return replace(policy, dense=replace(policy.dense, kl=own.divergence_from(other)))
 
 
 def of_length(scores: Scores, units: int) -> Scores:

@@ -1,4 +1,4 @@
-"""Statistics of token models that tell how a preference training goes, or will go.
+"""Statistics that tell how a preference training goes, or will go; most are of token models.
 
 CHES ranks pairs *before* training by how much the pair will pull the chosen answer down (likelihood displacement; Razin et al.,
 arXiv 2410.08847). The top-k indicators tell *while* training when it begins to over-optimise (Shi et al., arXiv 2410.11677).
@@ -9,10 +9,58 @@ Letters: G pairs, U positions, D width of the hidden states, V size of the vocab
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from polyalign.core.scores import Scores
+
+SATURATED = 0.01
+"""Gradient weight sigmoid(-m) below which a pair teaches nothing any more, and above 1 - it one that is wrong beyond doubt."""
+
+
+def margin_figures(margin: Tensor) -> dict[str, Tensor]:
+    """Of each pair's reward margin m (G,): its size |m|, whether it is a tie (m = 0), whether the pair is ``satisfied``
+    (sigmoid(-m) < 0.01) or ``reversed`` (sigmoid(-m) > 0.99, a loss above 4.6), each 0 or 1 (G,).
+
+    Few pairs of either kind are reversed where beta fits the likelihood's scale; many at once, on both sides, are the mark of
+    margins that are noise times too large a beta."""
+    weight = torch.sigmoid(-margin)
+    return {
+        "margins/size": margin.abs(),
+        "margins/ties": (margin == 0).to(margin),
+        "margins/satisfied": (weight < SATURATED).to(margin),
+        "margins/reversed": (weight > 1.0 - SATURATED).to(margin),
+    }
+
+
+def token_figures(scores: Mapping[str, Scores]) -> dict[str, Tensor]:
+    """Lengths in tokens, and each seat's mean log-probability of a token, (G, K) each, whatever reduction the objective takes.
+
+    Sums over an answer grow with its length; what a token costs does not, so that answers of different length, and the two
+    sides of pairs of different authors, can be compared by it."""
+    figures: dict[str, Tensor] = {}
+    for seat, found in scores.items():
+        counted = found.mask.bool()
+        values = torch.where(counted, found.values, torch.zeros_like(found.values)).detach()
+        lengths = counted.sum(-1)
+        figures[f"logps_per_token/{seat}"] = values.sum(-1) / lengths.clamp(min=1)
+        figures.setdefault("tokens", lengths.to(values))
+    return figures
+
+
+def indicator_figures(policy: Scores) -> dict[str, Tensor]:
+    """The top-k indicators of a policy's scores that carry them, (G, K) each: means over an answer's tokens, entropies in bits
+    as in the publication (see :class:`TopK`)."""
+    counted, figures = policy.mask.bool(), {}
+    for name in ("mass", "entropy", "renormalised"):
+        if f"top_k_{name}" in policy.notes:
+            values = policy.notes[f"top_k_{name}"].detach()
+            mean = torch.where(counted, values, torch.zeros_like(values)).sum(-1) / counted.sum(-1).clamp(min=1)
+            figures[f"top_k/{name}"] = mean if name == "mass" else mean / math.log(2.0)
+    return figures
 
 
 def ches(
@@ -68,9 +116,12 @@ def top_k(logits: Tensor, mask: Tensor, *, k: int = 10) -> TopK:
     whole."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = logits.to(dtype).log_softmax(-1)
-    largest = log_probabilities.topk(min(k, logits.shape[-1]), dim=-1).values
-    among = largest.log_softmax(-1)
-    return TopK(largest.exp().sum(-1), _entropy(largest), _entropy(among), mask)
+    return TopK(*indicators_of(log_probabilities.topk(min(k, logits.shape[-1]), dim=-1).values), mask)
+
+
+def indicators_of(largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass, entropy and renormalised entropy (..., U) of log-probabilities (..., U, k), as in :class:`TopK`."""
+    return largest.exp().sum(-1), _entropy(largest), _entropy(largest.log_softmax(-1))
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:

@@ -75,12 +75,12 @@ class ScoreCache:
         )
 
     def put(self, group_ids: Sequence[str], index: int, scores: Scores) -> None:
-        """Keep scores of a batch.
+        """Keep values, mask and notes of a batch's scores.
 
         Raises:
-            UserError: scores with dense statistics, which are as large as the network's output.
+            UserError: scores with whole distributions, or what was made of them, which a value for each unit cannot replace.
         """
-        if scores.dense is not None:
+        if scores.dense is not None and (scores.dense.kl is not None or scores.dense.distributions is not None):
             raise UserError(
                 "train.reference.seat: cached keeps a value for each unit, and this objective needs dense statistics of the "
                 "reference (a KL at each token). Use adapter_off or frozen."
@@ -89,7 +89,8 @@ class ScoreCache:
         tensors |= {f"notes.{name}": note for name, note in scores.notes.items()}
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         for place, group_id in enumerate(group_ids):
-            used = int(tensors["mask"][place].any(0).nonzero().max()) + 1  # without this batch's padding
+            places = tensors["mask"][place].any(0).nonzero()
+            used = int(places.max()) + 1 if len(places) else 0  # without this batch's padding
             own = {name: tensor[place, ..., :used].clone() for name, tensor in tensors.items()}
             self.entries[group_id, index] = self.unwritten[group_id, index] = Entry(own, scores.unit, scores.value_meaningful)
         if len(self.unwritten) >= self.flush_every:

@@ -6,9 +6,9 @@ one unit's output (latent elements of a denoising model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,13 +29,40 @@ class Unit:
     steps: int | None = None  # T, noise levels the estimator samples from
 
 
+class Distributions(Protocol):
+    """The whole distribution at each unit, in whatever form the likelihood keeps it."""
+
+    def divergence_from(self, reference: Any) -> Tensor:
+        """KL(reference || self) at each unit (G, K, U), with gradient for self."""
+        ...
+
+    def detach(self) -> Distributions: ...
+
+
 @dataclass(frozen=True)
 class DenseStatistics:
-    """What some objectives need beyond one number a unit. ``kl`` (G, K, U) is KL(reference || policy) at each unit (TDPO);
-    ``confidence`` (G, K, U) is log p - log sum p^2 (WPO). Absent ones are None."""
+    """What some objectives need beyond one number a unit. Absent ones are None.
+
+    ``kl`` (G, K, U) is KL(reference || policy) at each unit (TDPO), taken between the ``distributions`` of two passes;
+    ``confidence`` (G, K, U), detached, is log p - log sum p^2 (WPO); ``hidden`` (G, K, U, D), detached, are the states from
+    which the units are predicted (CHES).
+    """
 
     kl: Tensor | None = None
     confidence: Tensor | None = None
+    hidden: Tensor | None = None
+    distributions: Distributions | None = None
+
+    def of_candidates(self, index: Tensor) -> DenseStatistics:
+        """Those of some candidates; distributions have been compared by then, and stay out."""
+        return self._each(lambda part: part.index_select(1, index), None)
+
+    def detach(self) -> DenseStatistics:
+        return self._each(Tensor.detach, None if self.distributions is None else self.distributions.detach())
+
+    def _each(self, change: Callable[[Tensor], Tensor], distributions: Distributions | None) -> DenseStatistics:
+        kl, confidence, hidden = (None if part is None else change(part) for part in (self.kl, self.confidence, self.hidden))
+        return DenseStatistics(kl, confidence, hidden, distributions)
 
 
 @dataclass(frozen=True)
@@ -89,7 +116,7 @@ class Scores:
             values=self.values.index_select(1, index),
             mask=self.mask.index_select(1, index),
             residual=part(self.residual),
-            dense=None if self.dense is None else DenseStatistics(part(self.dense.kl), part(self.dense.confidence)),
+            dense=None if self.dense is None else self.dense.of_candidates(index),
         )
 
     def detach(self) -> Scores:
@@ -97,7 +124,5 @@ class Scores:
             self,
             values=self.values.detach(),
             residual=None if self.residual is None else self.residual.detach(),
-            dense=None
-            if self.dense is None
-            else DenseStatistics(*(None if x is None else x.detach() for x in (self.dense.kl, self.dense.confidence))),
+            dense=None if self.dense is None else self.dense.detach(),
         )

@@ -19,6 +19,7 @@ from polyalign.core.recipe import TrackingConfig
 COLUMNS = {
     "reward": ("rewards/chosen", "rewards/rejected"),
     "logratio": ("logratios/chosen", "logratios/rejected"),
+    "tokens": ("tokens/chosen", "tokens/rejected"),
 }
 NAMES = {"margin": "rewards/margins", "accuracy": "rewards/accuracies"}
 
