@@ -28,3 +28,26 @@ def combine_low_rank(down: Sequence[Tensor], up: Sequence[Tensor], coefficients:
         raise ValueError(f"found {found}; an update needs one of each")
     scaled = [coefficient * factor for coefficient, factor in zip(coefficients, up, strict=True)]
     return torch.cat(list(down), 0), torch.cat(scaled, 1)
+
+
+def reduce_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """(A, B, squared norm of what was lost, squared norm of all) with B A the best approximation of ``up`` ``down`` by ``rank``
+    (truncated singular values, Frobenius norm), computed from the factors alone.
+
+    Args:
+        down: (r, inputs). up: (outputs, r).
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"a rank is at least 1, found {rank}")
+    left, small_left = torch.linalg.qr(up.double())
+    right, small_right = torch.linalg.qr(down.double().T)
+    u, sizes, v = torch.linalg.svd(small_left @ small_right.T)
+    kept = min(rank, len(sizes))
+    root = sizes[:kept].sqrt()
+    new_up = (left @ u[:, :kept]) * root
+    new_down = root.unsqueeze(1) * (v[:kept] @ right.T)
+    squares = sizes.square()
+    return new_down.to(down), new_up.to(up), float(squares[kept:].sum()), float(squares.sum())

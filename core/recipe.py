@@ -97,13 +97,36 @@ class ReferenceConfig(Section):
     weights computed once with recorded draws. `none`: the log-ratio is the policy's score itself."""
 
     ema_decay: Fraction = 0.999
-    """For `ema`: how slowly the reference follows the policy."""
+    """For `ema`: how slowly the reference follows the policy; 0 makes it the policy itself at each update."""
+
+    ema_every: int = Field(default=1, ge=1)
+    """For `ema`: steps between two updates. TR-DPO's soft update is ema_decay 0.4 every 512 steps, its hard one ema_decay 0."""
 
     adapter_name: str = Field(default="reference", min_length=1)
     """For `adapter`: the name of the adapter that is the reference."""
 
     draws_per_pair: int = Field(default=1, ge=1)
     """For `cached`: how many draws of noise and timestep are kept for each pair; each step takes one by a keyed choice."""
+
+
+class StopConfig(Section):
+    """End the training of a token model where it begins to over-optimise (arXiv 2410.11677): when the entropy of the ten most
+    probable tokens turns down, or their mass falls while it rises."""
+
+    every: int = Field(default=50, ge=1)
+    """Steps between checks; each takes the means since the one before. The publication looks every 50 steps."""
+
+    patience: int = Field(default=3, ge=1)
+    """Checks in a row in which the smoothed entropy must fall."""
+
+    mass_drop: Fraction = 0.05
+    """How far the smoothed mass must fall from its maximum, as a share of it, while the entropy rises."""
+
+    smoothing: Fraction = 0.5
+    """Decay of the running mean over checks; 0 takes each check as it is."""
+
+    after: int = Field(default=0, ge=0)
+    """No stop before this step."""
 
 
 class TrainSettings(Section):
@@ -133,6 +156,9 @@ class TrainSettings(Section):
 
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, much less memory."""
+
+    stop: StopConfig | None = None
+    """End the run early by the rule of this section; the run then ends as if `steps` had been that step. Null: off."""
 
     save_every: int = Field(default=100, ge=1)
     """Steps between checkpoints; the last step is always saved."""

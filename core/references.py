@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from polyalign.core.adapter import Adapter, Model
 from polyalign.core.candidates import Batch
@@ -76,25 +76,26 @@ class AdapterOff(Stateless):
 
 
 class NamedAdapter(Stateless):
-    """Another adapter on the same base, for instance the slow one of OFS-DPO or an earlier round's.
+    """Another adapter on the same base: an earlier round's, or a guide's (TGDPO). ``seat`` and ``key`` say in messages what it
+    is for and where it was asked for.
 
     Raises:
         UserError: the network has no adapter of that name, or it would be trained.
     """
 
-    def __init__(self, network: nn.Module, name: str):
+    def __init__(self, network: nn.Module, name: str, *, seat: str = "reference", key: str = "train.reference.adapter_name"):
         self.name = name
         names = sorted({name for layer in adapter_layers(network) for name in adapter_names(layer)})
         if name not in names:
             raise UserError(
-                f"the reference is the adapter {name!r} (train.reference.adapter_name), and the network has "
+                f"the {seat} is the adapter {name!r} ({key}), and the network has "
                 f"{f'only {names}' if names else 'no adapter at all'}"
             )
         moving = [key for key, parameter in network.named_parameters() if parameter.requires_grad and f".{name}." in f".{key}."]
         if moving:
             raise UserError(
-                f"the adapter {name!r} is the reference and is also being trained ({moving[0]} and {len(moving) - 1} more): "
-                "a reference must stand still. Train another adapter, or freeze this one."
+                f"the adapter {name!r} is the {seat} and is also being trained ({moving[0]} and {len(moving) - 1} more): "
+                f"a {seat} must stand still. Train another adapter, or freeze this one."
             )
 
     @torch.no_grad()
@@ -125,15 +126,20 @@ class FrozenCopy(Stateless):
 
 
 class EMA(FrozenCopy):
-    """A running mean of the policy: after each step, mean <- decay * mean + (1 - decay) * policy. Part of the checkpoint."""
+    """A reference that follows the policy: mean <- decay * mean + (1 - decay) * policy after every ``every`` steps. Part of the
+    checkpoint. With decay 0 it is a copy of the policy of that step (the hard update of TR-DPO, arXiv 2404.09656, and the
+    refreshed reference of iterated DPO)."""
 
-    def __init__(self, network: nn.Module, decay: float):
+    def __init__(self, network: nn.Module, decay: float, *, every: int = 1):
         super().__init__(network)
-        self.decay = decay
+        self.decay, self.every, self.steps = decay, every, 0
         self.followed = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
     @torch.no_grad()
     def after_step(self, network: nn.Module) -> None:
+        self.steps += 1
+        if self.steps % self.every:
+            return
         mean = dict(self.network.named_parameters())
         policy = {name.removeprefix("module."): parameter for name, parameter in network.named_parameters()}  # an engine's
         if any(hasattr(parameter, "ds_id") for parameter in policy.values()):
@@ -145,10 +151,13 @@ class EMA(FrozenCopy):
 
     def state_dict(self) -> dict[str, Any]:
         mean = dict(self.network.named_parameters())
-        return {name: mean[name].detach() for name in self.followed}
+        counted = {} if self.every == 1 else {"steps": self.steps}
+        return {name: mean[name].detach() for name in self.followed} | counted
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.every != 1:
+            self.steps = int(state["steps"])
         mean = dict(self.network.named_parameters())
         for name in self.followed:
             mean[name].copy_(state[name])
@@ -229,7 +238,7 @@ def build_seat(config: ReferenceConfig, network: nn.Module, *, folder: Path | No
     if config.seat == "adapter":
         return NamedAdapter(network, config.adapter_name)
     if config.seat == "ema":
-        return EMA(network, config.ema_decay)
+        return EMA(network, config.ema_decay, every=config.ema_every)
     if config.seat == "adapter_off":
         return AdapterOff(network)
     if folder is None or not identity:
@@ -251,10 +260,20 @@ def adapter_names(layer: Any) -> set[str]:
     return {key for holder in _holders(layer) if isinstance(holder, nn.ModuleDict | nn.ParameterDict) for key in holder.keys()}
 
 
-def _holders(layer: Any) -> list[nn.Module]:
+def _holders(layer: Any) -> list[Any]:
     """What holds a layer's adapter weights; peft gives dotted paths, some of which a layer may not have."""
     found = [reduce(lambda part, name: getattr(part, name, None), path.split("."), layer) for path in layer.adapter_layer_names]
     return [holder for holder in found if isinstance(holder, nn.Module)]
+
+
+def adapter_parameters(network: nn.Module, name: str) -> list[nn.Parameter]:
+    """The weights of the adapter ``name``, in the order of the layers; two adapters of one configuration have them alike."""
+    held = [holder[name] for layer in adapter_layers(network) for holder in _holders(layer) if _holds(holder, name)]
+    return [weight for part in held for weight in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
+
+
+def _holds(holder: Any, name: str) -> bool:
+    return isinstance(holder, nn.ModuleDict | nn.ParameterDict) and name in holder
 
 
 @contextlib.contextmanager
@@ -270,6 +289,12 @@ def adapter_chosen(network: nn.Module, name: str) -> Iterator[None]:
     """The base with the adapter ``name``; layers without it are the base's. ``requires_grad`` stays as it is."""
     with _attribute(adapter_layers(network), "_active_adapter", [name]):
         yield
+
+
+def choose_adapter(network: nn.Module, name: str) -> None:
+    """As :func:`adapter_chosen`, for good."""
+    for layer in adapter_layers(network):
+        layer._active_adapter = [name]
 
 
 @contextlib.contextmanager

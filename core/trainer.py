@@ -25,6 +25,7 @@ from torch import Tensor
 
 from polyalign.core import checkpoint as checkpoints
 from polyalign.core.algorithm import Algorithm, Layout, Rows
+from polyalign.core.early_stop import TopKWatch
 from polyalign.core.errors import UserError
 from polyalign.core.files import set_aside
 from polyalign.core.launch import accelerator_beside
@@ -47,7 +48,8 @@ Statistics = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a call of ``Trainer.run`` did. ``steps`` and ``pairs`` are those of this call; ``last_step`` counts all."""
+    """What a call of ``Trainer.run`` did. ``steps`` and ``pairs`` are those of this call; ``last_step`` counts all. ``stopped``
+    says why the run ended before its last step, if ``train.stop`` ended it."""
 
     steps: int
     last_step: int
@@ -56,6 +58,18 @@ class Summary:
     pairs_per_second: float
     peak_memory: Mapping[str, int]
     checkpoint: Path | None
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The steps that a trainer's data are for, where rounds of a training have data of their own: those past ``after``, up to
+    ``until``. The learning rate follows the step among all of ``train.steps``. ``fresh_optimizer``: at the first of them the
+    optimiser forgets the steps before."""
+
+    after: int
+    until: int
+    fresh_optimizer: bool = False
 
 
 class Trainer:
@@ -66,6 +80,7 @@ class Trainer:
         folder: the run folder, for ``checkpoints/``, ``metrics.jsonl`` and, after a refused step, ``refused.json``.
         identity: what a resumed run must share besides the settings: the objective, the base's hash, the pairs' hash.
         optimizers: settings by network name, where they differ from ``settings.optimizer``.
+        part: the steps that ``data`` are for; all by default.
         accelerator: one that is there already; by default one is started for the processes that run, on the kind of device
             that the networks are on.
 
@@ -84,12 +99,14 @@ class Trainer:
         seed: int = 0,
         identity: Mapping[str, Any] | None = None,
         optimizers: Mapping[str, OptimizerConfig] | None = None,
+        part: Part | None = None,
         tracking: TrackingConfig | None = None,
         accelerator: Accelerator | None = None,
     ):
         if len(data) == 0:
             raise UserError("there are no pairs to train on; pairs/summary.json says how many were made and why not more")
         self.algorithm, self.data, self.settings, self.folder, self.seed = algorithm, data, settings, Path(folder), seed
+        self.part = part or Part(0, settings.steps)
         for network in algorithm.networks.values():
             refuse_float16(network, settings.mixed_precision)
         self.accelerator = accelerator_beside(algorithm.networks.values(), settings, accelerator)
@@ -97,11 +114,12 @@ class Trainer:
         self.learners = {name: self._learner(name) for name in algorithm.networks}
         self.tracking = tracking or TrackingConfig()
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.watch = None if settings.stop is None else TopKWatch(settings.stop)
         self.identity = json.loads(json.dumps({**(identity or {}), "seed": seed, "train": resumable(settings)}, default=str))
         self._refuse_cut_batches()
 
     def run(self, *, anew: bool = False) -> Summary:
-        """Train from the last checkpoint, or from the start, to ``settings.steps``.
+        """Train from the last checkpoint, or from the start, to ``settings.steps`` or to where ``settings.stop`` ends it.
 
         ``anew`` moves earlier checkpoints aside and starts at step 1.
 
@@ -121,10 +139,10 @@ class Trainer:
         for network in algorithm.networks.values():
             network.train()
         algorithm.begin(self.data, layout, micro_batch_size=settings.micro_batch_size)
-        began = time.monotonic()
+        began, step = time.monotonic(), first
 
         with ProgressLine("train", total=settings.steps, start=first, visible=main) as progress:
-            for step in range(first + 1, settings.steps + 1):
+            for step in range(first + 1, (first if self._stopped else self.part.until) + 1):
                 step_began = time.monotonic()
                 group_ids: list[str] = []
                 results: list[Statistics] = []
@@ -151,16 +169,28 @@ class Trainer:
 
                 figures = self._figures(step, statistics, norms, rates, time.monotonic() - step_began)
                 progress.advance(figures)
-                if main and (step % settings.log_every == 0 or step == settings.steps):
+                if self.watch is not None:
+                    self.watch.of_figures(step, figures)
+                ends = step == self.part.until or self._stopped is not None
+                if main and (step % settings.log_every == 0 or ends):
                     self.metrics.append(figures)
                     if tracker is not None:
                         tracker.log(step, {name: value for name, value in figures.items() if isinstance(value, float | int)})
-                if step % settings.save_every == 0 or step == settings.steps:
+                if step % settings.save_every == 0 or ends:
                     self._save(step)
+                if ends:
+                    break
 
+        if self._stopped and main:
+            print(f"train: ended early by train.stop: {self._stopped}", file=sys.stderr, flush=True)
         if tracker is not None:
             tracker.close()
-        return self._summary(first, time.monotonic() - began)
+        return self._summary(first, step, time.monotonic() - began)
+
+    @property
+    def _stopped(self) -> str | None:
+        """Why ``train.stop`` has ended this run; None while it has not."""
+        return None if self.watch is None else self.watch.stopped
 
     def _learner(self, name: str) -> Learner:
         network, config = self.algorithm.networks[name], self.optimizers[name]
@@ -176,7 +206,7 @@ class Trainer:
     def _micro_batches(self, step: int) -> Iterator[tuple[Sequence[Any], int, bool]]:
         """This process's share of the step's rows, cut: (rows, place in the whole order, whether it is the last cut)."""
         share = self.settings.batch_size // self.accelerator.num_processes
-        start = (step - 1) * self.settings.batch_size + self.accelerator.process_index * share
+        start = (step - 1 - self.part.after) * self.settings.batch_size + self.accelerator.process_index * share
         for place in range(start, start + share, self.settings.micro_batch_size):
             end = min(place + self.settings.micro_batch_size, start + share)
             yield self.data.rows([self._row(position) for position in range(place, end)]), place, end == start + share
@@ -209,7 +239,8 @@ class Trainer:
     ) -> dict[str, Any]:
         """One line of metrics.jsonl. Where there are several networks their figures have the network's name before them."""
         pairs = step * self.settings.batch_size
-        figures: dict[str, Any] = {"step": step, "epoch": pairs / len(self.data)}
+        epoch = (step - self.part.after) * self.settings.batch_size / len(self.data)
+        figures: dict[str, Any] = {"step": step, "epoch": epoch}
         figures["loss"] = sum(values["loss"].double().mean().item() for values in statistics.values())
         for name, values in statistics.items():
             prefix = f"{name}/" if len(self.learners) > 1 else ""
@@ -255,6 +286,8 @@ class Trainer:
         optimizers = {name: learner.optimizer_state() for name, learner in self.learners.items()}
         scaler = self.accelerator.scaler
         kept = {"algorithm": self.algorithm.state_dict(), "scaler": {} if scaler is None else scaler.state_dict()}
+        if self.watch is not None:
+            kept["stop"] = self.watch.state_dict()
         if self.accelerator.is_main_process:
             self.metrics.sync()
             checkpoints.save(
@@ -281,31 +314,39 @@ class Trainer:
         found = checkpoints.latest(root)
         if found is not None:
             checkpoints.refuse_other_settings(found, self.identity)
-            if found.step > self.settings.steps:
+            if found.step > self.part.until:
                 raise UserError(
-                    f"train.steps is {self.settings.steps}, but {found.folder} is already further. Set train.steps to "
+                    f"train.steps is {self.part.until}, but {found.folder} is already further. Set train.steps to "
                     f"{found.step} or more, or start anew."
                 )
             for name, learner in self.learners.items():
-                learner.load(found.weights(name), found.optimizer(name))
+                learner.load(found.weights(name), self._optimizer_state(found, name))
             kept = found.algorithm()
             self.algorithm.load_state_dict(kept["algorithm"])
             if self.accelerator.scaler is not None and kept["scaler"]:
                 self.accelerator.scaler.load_state_dict(kept["scaler"])
+            if self.watch is not None and "stop" in kept:
+                self.watch.load_state_dict(kept["stop"])
         step = 0 if found is None else found.step
+        if step < self.part.after:
+            raise ValueError(f"these data are for steps past {self.part.after}, and the last checkpoint is of step {step}")
         if self.accelerator.is_main_process and found is None:
             set_aside(self.folder, [self.metrics.path.name])  # figures of steps whose weights are lost
         elif self.accelerator.is_main_process:
             self.metrics.rewind(step)
         return step
 
-    def _summary(self, first: int, seconds: float) -> Summary:
-        steps = self.settings.steps - first
+    def _optimizer_state(self, found: checkpoints.Checkpoint, name: str) -> dict[str, Any]:
+        state = found.optimizer(name)
+        return state | {"state": {}} if self.part.fresh_optimizer and found.step == self.part.after else state
+
+    def _summary(self, first: int, last: int, seconds: float) -> Summary:
+        steps = last - first
         pairs = steps * self.settings.batch_size
         newest = checkpoints.latest(self.folder / "checkpoints")
         speed = pairs / seconds if steps and seconds else 0.0
         folder = None if newest is None else newest.folder
-        return Summary(steps, self.settings.steps, seconds, pairs, speed, peak_memory(), folder)
+        return Summary(steps, last, seconds, pairs, speed, peak_memory(), folder, self._stopped)
 
 
 def with_loss(outcome: Outcome) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ Letters: G groups, K candidates in a group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -118,6 +118,24 @@ class Logistic(Flags):
     def __call__(self, scored: Scored) -> Tensor:
         difference, p = scored.pair(self.name)
         return logistic_with_flips(difference, (1.0 - p) + self.label_smoothing * (2.0 * p - 1.0))
+
+
+@dataclass(frozen=True)
+class Clamped(Flags):
+    """The logistic loss with d kept within plus or minus ``limit``, past which it teaches nothing: a bound for a loss that is
+    subtracted and would otherwise have none (the slow side of OFS-DPO)."""
+
+    limit: float
+    label_smoothing: float = 0.0
+    name: str = "clamped logistic"
+    convex_in_difference: bool = False
+
+    def __post_init__(self) -> None:
+        check_smoothing(self.label_smoothing)
+
+    def __call__(self, scored: Scored) -> Tensor:
+        clamped = None if scored.difference is None else scored.difference.clamp(-self.limit, self.limit)
+        return Logistic(self.label_smoothing, name=self.name)(replace(scored, difference=clamped))
 
 
 @dataclass(frozen=True)

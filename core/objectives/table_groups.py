@@ -8,7 +8,7 @@ from pydantic import Field
 
 from polyalign.core.errors import UserError
 from polyalign.core.objectives.links import Clipped, Identity
-from polyalign.core.objectives.losses import Contrast, Listwise, Logistic, PlackettLuce
+from polyalign.core.objectives.losses import Clamped, Contrast, Listwise, Logistic, PlackettLuce
 from polyalign.core.objectives.objective import ANY_LIKELIHOOD, Objective, Term
 from polyalign.core.objectives.regularisers import ReferenceKL
 from polyalign.core.objectives.rows import TOKENS, Flip, Parameters, PreferenceParameters, Row, beta_of, preference
@@ -42,6 +42,10 @@ class OFSDPO(Parameters):
 
     alpha: float = Field(default=0.1, ge=0.0)
     """Weight of the comparison of fast with slow. The authors' value is not public; 0.1 is our suggestion."""
+
+    clamp: float | None = Field(default=None, gt=0.0)
+    """The comparison of fast with slow teaches nothing more where their reward margins differ by more than this, which bounds
+    the slow side's loss; the public re-implementation uses 10. Null: off."""
 
     label_smoothing: Flip = 0.0
     """Share of labels taken to be wrong."""
@@ -92,11 +96,13 @@ def _adpo(parameters: ADPO) -> Objective:
 
 
 def _ofs(parameters: OFSDPO) -> Objective:
-    loss = Logistic(parameters.label_smoothing)
+    smoothing, clamp = parameters.label_smoothing, parameters.clamp
+    loss = Logistic(smoothing)
+    between = loss if clamp is None else Clamped(clamp, smoothing)
     if parameters.side == "fast":
-        chase = Term(loss, reference="partner", coefficient=parameters.alpha)
+        chase = Term(between, reference="partner", coefficient=parameters.alpha)
     else:
-        chase = Term(loss, policy="partner", reference="policy", trains="reference", coefficient=-parameters.alpha)
+        chase = Term(between, policy="partner", reference="policy", trains="reference", coefficient=-parameters.alpha)
     return Objective("ofs_dpo", terms=(Term(loss), chase))
 
 
@@ -139,8 +145,8 @@ ROWS = (
         summary="Two adapters, a fast and a slow one, that chase each other, so that learning goes on as margins grow.",
         formula="fast: L(F|ref) + alpha L(F|S); slow: L(S|ref) - alpha L(F|S); L(a|b) = -log sigma(beta (h_a - h_b))",
         source="arXiv 2406.05534, Eq. 3 to 6, as given by a public re-implementation; there is no code of the authors.",
-        differences="Not compared with code of the authors. The slow side's loss is unbounded below. Needs a driver with two "
-        "adapters: each is trained with its own side.",
+        differences="Not compared with code of the authors. The slow side's loss is unbounded below unless "
+        "clamp is given. Both sides are trained at once, each on an adapter of its own (fast_slow).",
         parameters=OFSDPO,
         build=_ofs,
     ),

@@ -323,8 +323,8 @@ ROWS = (
         summary="DPO whose reference follows the policy, which lets it go further than a fixed one does.",
         formula="-log sigma(beta h), the reference a running mean of the policy",
         source="arXiv 2404.09656.",
-        differences="The reference is train.reference.seat: ema, moved at every step (ema_decay); the paper mixes in 0.6 of "
-        "the policy every 512 steps, or copies it.",
+        differences="The reference is train.reference.seat: ema. By default it moves a little at every step; the paper's soft "
+        "update is ema_decay: 0.4 with ema_every: 512, its hard one ema_decay: 0.",
         parameters=TRDPO,
         moving_reference=True,
         build=lambda p: preference(p, "tr_dpo", Logistic(p.label_smoothing)),

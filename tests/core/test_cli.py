@@ -33,7 +33,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {verb} " in out for verb in VERBS) and len(out.splitlines()) < 20
-    assert list(VERBS) == ["align", "generate", "train", "evaluate", "report", "explain", "export", "doctor"]
+    assert list(VERBS) == ["align", "generate", "train", "evaluate", "report", "diagnose", "explain", "export", "doctor"]
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"polyalign {__version__}\n"
     assert main([]) == 2
 
@@ -155,13 +155,13 @@ WRONG = {
         ["align", "sums.yaml", "trian.steps=3"],
         "trian: unknown key (found {'steps': 3}), did you mean train; set on",
     ),
-    "wrong modality": (["align", "sums.yaml", "modality=sumz"], "modality: must be one of image, sums"),
-    "no modality": (["align", "empty.yaml"], "empty.yaml: modality: missing; say which of image, sums"),
+    "wrong modality": (["align", "sums.yaml", "modality=sumz"], "modality: must be one of image, text, sums"),
+    "no modality": (["align", "empty.yaml"], "empty.yaml: modality: missing; say which of image, text, sums"),
     "not a run": (["report", "folder"], "folder: is a folder without config.yaml, so not a run"),
     "occupied folder": (["align", "sums.yaml", "--run", "folder"], "is not empty and not the folder of a run"),
     "not exported yet": (["export", "sums.yaml"], "does not exist, so there is nothing to export"),
     "unknown topic": (["explain", "train.batch"], "nothing is called 'train.batch'. Did you mean train.batch_size"),
-    "unknown modality": (["explain", "seed", "--modality", "smell"], "no modality 'smell'; there are: image, sums"),
+    "unknown modality": (["explain", "seed", "--modality", "smell"], "no modality 'smell'; there are: image, text, sums"),
 }
 
 
@@ -206,7 +206,7 @@ def test_modalities_come_from_other_packages_too(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "scents" in verbs.modality_names()
     assert verbs.modality_module("scents").__name__ == "sums_modality"
-    with pytest.raises(UserError, match="no modality 'smell'; there are: image, sums, scents"):
+    with pytest.raises(UserError, match="no modality 'smell'; there are: image, text, sums, scents"):
         verbs.modality_module("smell")
 
 

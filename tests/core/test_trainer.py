@@ -27,7 +27,7 @@ from polyalign.core.objectives import Outcome
 from polyalign.core.optimisers import build_optimizer, schedule_factor
 from polyalign.core.recipe import OptimizerConfig, ScheduleConfig, TrackingConfig
 from polyalign.core.tracking import MetricsFile, figures_of
-from polyalign.core.trainer import Trainer, order
+from polyalign.core.trainer import Part, Trainer, order
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exactness"))
 
@@ -137,6 +137,25 @@ def test_batches_cross_epochs_and_every_row_comes_as_often(tmp_path: Path) -> No
     seen = [row["pair_id"] for step in range(1, 4) for rows, _, _ in trainer._micro_batches(step) for row in rows]
     assert sorted(seen) == sorted(2 * [f"pair-{index:03d}" for index in range(12)])
     assert sorted(seen[:12]) == [f"pair-{index:03d}" for index in range(12)] and seen[:12] != seen[12:]
+
+
+def test_a_part_takes_its_own_data_from_their_beginning_and_ends_where_it_says(tmp_path: Path) -> None:
+    first = Trainer(algorithm(tmp_path), TinyPairs(12), settings(micro_batch_size=4), tmp_path, part=Part(0, 3))
+    summary = first.run()
+    assert (summary.steps, summary.last_step) == (3, 3) and first.run().steps == 0
+    later = Trainer(algorithm(tmp_path), TinyPairs(12), settings(micro_batch_size=4), tmp_path, part=Part(3, 6))
+
+    def seen(trainer: Trainer, steps: range) -> list[str]:
+        return [row["pair_id"] for step in steps for rows, _, _ in trainer._micro_batches(step) for row in rows]
+
+    assert seen(later, range(4, 7)) == seen(first, range(1, 4))
+    assert later.run().last_step == 6 and [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    whole = Trainer(algorithm(tmp_path / "whole"), TinyPairs(12), settings(), tmp_path / "whole")
+    whole.run()
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "whole")]
+    assert [line["learning_rate"] for line in metrics(tmp_path)] == rates
+    with pytest.raises(ValueError, match="steps past 3, and the last checkpoint is of step 0"):
+        Trainer(algorithm(tmp_path), TinyPairs(12), settings(), tmp_path / "empty", part=Part(3, 6)).run()
 
 
 class TwoPlayers:
