@@ -4,7 +4,8 @@ A row in memory is a mapping::
 
     pair_id          str, unique in the store
     condition        {"prompt": str, "task": str (optional), anything JSON can hold}
-    chosen, rejected PIL pictures, or the bytes of a picture file, which are kept as they are
+    chosen, rejected outputs of the store's kind (datasets/outputs.py): PIL pictures, or the bytes of a picture file, which
+                     are kept as they are; texts
     chosen_scores, rejected_scores   {judge name: float}
     provenance       {"model", "model_hash": str or None, "chosen_seed", "rejected_seed": int or None,
                       "sampler", "judges": anything JSON can hold}
@@ -22,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
-from polyalign.datasets.pictures import decode, encode_png
+from polyalign.datasets.outputs import KINDS, OutputKind, kind_of
 
-PICTURES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
+PICTURE = KINDS["picture"]
 SCORES = ("chosen_scores", "rejected_scores")
 _CONDITION = {"prompt": "string", "task": "string", "metadata": "string"}
 _PROVENANCE = {
@@ -40,23 +41,23 @@ _PROVENANCE = {
 _TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 
 
-def schema_of(judges: Sequence[str]) -> pa.Schema:
-    """The arrow schema with ``judges`` as score columns, and the note by which Hugging Face ``datasets`` knows the pictures."""
+def schema_of(judges: Sequence[str], kind: OutputKind = PICTURE) -> pa.Schema:
+    """The arrow schema with ``judges`` as score columns, and the note by which Hugging Face ``datasets`` knows the outputs."""
     structs = {
         "condition": _CONDITION,
         **dict.fromkeys(SCORES, dict.fromkeys(judges, "float64")),
         "provenance": _PROVENANCE,
     }
-    order = ("pair_id", "condition", *PICTURES, *SCORES, "provenance")
+    order = ("pair_id", "condition", *SIDES, *SCORES, "provenance")
     fields, features = [], {}
     for name in order:
         if name in structs:
-            kinds = structs[name]
-            fields.append(pa.field(name, pa.struct([pa.field(key, _TYPES[kind]) for key, kind in kinds.items()])))
-            features[name] = {key: {"dtype": kind, "_type": "Value"} for key, kind in kinds.items()}
-        elif name in PICTURES:
-            fields.append(pa.field(name, pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])))
-            features[name] = {"_type": "Image"}
+            parts = structs[name]
+            fields.append(pa.field(name, pa.struct([pa.field(key, _TYPES[part]) for key, part in parts.items()])))
+            features[name] = {key: {"dtype": part, "_type": "Value"} for key, part in parts.items()}
+        elif name in SIDES:
+            fields.append(pa.field(name, kind.arrow))
+            features[name] = kind.feature
         else:
             fields.append(pa.field(name, pa.string()))
             features[name] = {"dtype": "string", "_type": "Value"}
@@ -64,12 +65,12 @@ def schema_of(judges: Sequence[str]) -> pa.Schema:
     return pa.schema(fields, metadata={"huggingface": note})
 
 
-def to_stored(row: Mapping[str, Any], judges: Sequence[str]) -> dict[str, Any]:
+def to_stored(row: Mapping[str, Any], judges: Sequence[str], kind: OutputKind = PICTURE) -> dict[str, Any]:
     """One row as the file holds it.
 
     Raises:
         ValueError: the row's judges are not the store's, so the shards would not open as one data set.
-        TypeError: something in the condition or provenance that JSON cannot hold.
+        TypeError: an output of another kind, or something in the condition or provenance that JSON cannot hold.
     """
     for side in SCORES:
         if set(row[side]) != set(judges):
@@ -84,7 +85,7 @@ def to_stored(row: Mapping[str, Any], judges: Sequence[str]) -> dict[str, Any]:
     return {
         "pair_id": row["pair_id"],
         "condition": {"prompt": prompt, "task": task, "metadata": _json(condition)},
-        **{side: _stored_picture(row[side]) for side in PICTURES},
+        **{side: kind.encode(row[side]) for side in SIDES},
         **{side: {name: float(row[side][name]) for name in judges} for side in SCORES},
         "provenance": {
             **provenance,
@@ -98,32 +99,28 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _stored_picture(picture: Image.Image | bytes) -> dict[str, Any]:
-    return {"bytes": picture if isinstance(picture, bytes) else encode_png(picture), "path": None}
-
-
 def condition_of(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored condition as a plain mapping."""
     task = {} if stored.get("task") is None else {"task": stored["task"]}
     return {"prompt": stored["prompt"], **task, **json.loads(stored.get("metadata") or "{}")}
 
 
-def from_stored(stored: Mapping[str, Any], *, decoded: bool = True) -> dict[str, Any]:
-    """A stored row in memory: JSON text opened, pictures decoded to RGB or left as the bytes of their files."""
+def from_stored(stored: Mapping[str, Any], kind: OutputKind = PICTURE, *, decoded: bool = True) -> dict[str, Any]:
+    """A stored row in memory: JSON text opened, outputs decoded (pictures to RGB) or left as the bytes of their files."""
     provenance = stored["provenance"]
     opened = {name: json.loads(provenance[name] or "{}") for name in ("sampler", "judges")}
     return {
         **stored,
         "condition": condition_of(stored["condition"]),
-        **{side: decode(stored[side]["bytes"]) if decoded else stored[side]["bytes"] for side in PICTURES},
+        **{side: (kind.decode if decoded else kind.kept)(stored[side]) for side in SIDES},
         "provenance": {**provenance, **opened},
     }
 
 
 def schema_problems(schema: pa.Schema) -> list[str]:
     """Columns that are missing or of another type than :func:`schema_of` gives; extra columns are allowed."""
-    problems = []
-    for field in schema_of(()):
+    problems, kind = [], kind_of(schema) or PICTURE
+    for field in schema_of((), kind):
         if field.name not in schema.names:
             problems.append(f"column '{field.name}' is missing; columns: {', '.join(schema.names)}")
             continue
@@ -131,9 +128,12 @@ def schema_problems(schema: pa.Schema) -> list[str]:
         if field.name in SCORES:
             if not pa.types.is_struct(found) or any(not pa.types.is_floating(part.type) for part in found):
                 problems.append(f"column '{field.name}' must be a struct with a number for each judge, found {found}")
+        elif field.name in SIDES:
+            if not kind.fits(found):
+                problems.append(f"column '{field.name}' must be {_types_of_outputs(field.name, kind)}, found {found}")
         elif pa.types.is_struct(field.type):
             parts = {part.name: part.type for part in found} if pa.types.is_struct(found) else None
-            needed = ["prompt"] if field.name == "condition" else ["bytes"] if field.name in PICTURES else list(_PROVENANCE)
+            needed = ["prompt"] if field.name == "condition" else list(_PROVENANCE)
             if parts is None or any(parts.get(name) != field.type.field(name).type for name in needed):
                 problems.append(f"column '{field.name}' must be {field.type}, found {found}")
         elif found != field.type:
@@ -141,7 +141,12 @@ def schema_problems(schema: pa.Schema) -> list[str]:
     return problems
 
 
-def row_problems(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _types_of_outputs(side: str, kind: OutputKind) -> str:
+    """What a column of outputs may be: any kind's type for the first, and that of the first for the second."""
+    return str(kind.arrow) if side == "rejected" else " or ".join(f"{one.arrow} ({one.words})" for one in KINDS.values())
+
+
+def row_problems(stored: Mapping[str, Any], kind: OutputKind = PICTURE) -> list[tuple[str, str]]:
     """(column, what is wrong) of one stored row whose columns have the right types."""
     problems: list[tuple[str, str]] = []
     if not stored["pair_id"]:
@@ -151,16 +156,7 @@ def row_problems(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
         problems.append(("condition", "the caption (prompt) is missing or empty"))
     problems += _json_problems("condition", condition, ("metadata",), must_be_object=True)
     problems += _json_problems("provenance", stored["provenance"] or {}, ("sampler", "judges"))
-    for side in PICTURES:
-        picture = stored[side] or {}
-        if not picture.get("bytes"):
-            where = f"only the path {picture['path']!r}" if picture.get("path") else "no picture"
-            problems.append((side, f"holds {where}; the store keeps the picture's bytes"))
-            continue
-        try:
-            decode(picture["bytes"])
-        except ValueError as error:
-            problems.append((side, str(error)))
+    problems += [(side, problem) for side in SIDES if (problem := kind.problem(stored[side])) is not None]
     for side in SCORES:
         for judge, score in (stored[side] or {}).items():
             if score is None or not math.isfinite(score):

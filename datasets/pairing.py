@@ -9,14 +9,16 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Mode = Literal["best_worst", "all_pairs"]
+Mode = Literal["best_worst", "all_pairs", "first_second", "best_rest"]
+Ties = Literal["drop", "keep"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Positions of two samples among the N; ``difference`` is the chosen one's score minus the rejected one's, always > 0."""
+    """Positions of two samples among the N; ``difference`` is the chosen one's score minus the rejected one's: > 0, or 0
+    in a tie that is kept."""
 
     chosen: int
     rejected: int
@@ -27,8 +29,8 @@ class Pair:
 class Paired:
     """The pairs of one prompt and what did not become one.
 
-    ``ties_dropped`` and ``below_margin`` count comparisons (one a prompt for ``best_worst``); ``duplicates_dropped`` counts
-    samples identical to an earlier one; ``over_limit`` counts pairs past ``max_pairs``.
+    ``ties_dropped`` and ``below_margin`` count comparisons (one a prompt for ``best_worst`` and ``first_second``);
+    ``duplicates_dropped`` counts samples identical to an earlier one; ``over_limit`` counts pairs past ``max_pairs``.
     """
 
     pairs: tuple[Pair, ...]
@@ -45,10 +47,12 @@ def pair_up(
     margin: float = 0.0,
     max_pairs: int | None = None,
     identities: Sequence[Hashable] | None = None,
+    ties: Ties = "drop",
 ) -> Paired:
     """Pairs of one prompt, those with the largest difference first, then by position.
 
-    A pair is kept when its difference is greater than ``margin``; a difference of exactly zero is a tie, whatever the margin.
+    ``best_rest`` is the best sample with each of the others, ``first_second`` the first two as they were drawn. A pair is kept
+    when its difference is greater than ``margin``; a difference of exactly zero is a tie, whatever the margin.
     Of samples with equal ``identities`` (hashes of the outputs) only the first takes part.
 
     Raises:
@@ -65,14 +69,15 @@ def pair_up(
     distinct = _first_of_each(range(len(scores)) if identities is None else identities)
     compared = [_compare(scores, a, b) for a, b in _comparisons(scores, distinct, mode)]
     kept = sorted(
-        (pair for pair in compared if pair.difference > margin), key=lambda pair: (-pair.difference, pair.chosen, pair.rejected)
+        (pair for pair in compared if pair.difference > margin or (ties == "keep" and pair.difference == 0)),
+        key=lambda pair: (-pair.difference, pair.chosen, pair.rejected),
     )
-    ties = sum(pair.difference == 0 for pair in compared)
+    dropped = 0 if ties == "keep" else sum(pair.difference == 0 for pair in compared)
     limited = kept if max_pairs is None else kept[:max_pairs]
     return Paired(
         pairs=tuple(limited),
-        ties_dropped=ties,
-        below_margin=len(compared) - ties - len(kept),
+        ties_dropped=dropped,
+        below_margin=len(compared) - dropped - len(kept),
         duplicates_dropped=len(scores) - len(distinct),
         over_limit=len(kept) - len(limited),
     )
@@ -89,12 +94,14 @@ def _comparisons(scores: Sequence[float], distinct: list[int], mode: Mode) -> li
     """Which samples are held against each other; equal scores are decided by position, so the order is always the same."""
     if mode == "all_pairs":
         return list(combinations(distinct, 2))
-    if mode != "best_worst":
-        raise ValueError(f"mode must be 'best_worst' or 'all_pairs', found {mode!r}")
+    if mode not in ("best_worst", "best_rest", "first_second"):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, found {mode!r}")
     if len(distinct) < 2:
         return []
+    if mode == "first_second":
+        return [(distinct[0], distinct[1])]
     ranked = sorted(distinct, key=lambda position: (-scores[position], position))
-    return [(ranked[0], ranked[-1])]
+    return [(ranked[0], other) for other in (ranked[1:] if mode == "best_rest" else ranked[-1:])]
 
 
 def _compare(scores: Sequence[float], a: int, b: int) -> Pair:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.datasets.files import listed, remove_unfinished
+from polyalign.datasets.outputs import KINDS, OutputKind, kind_of
 from polyalign.datasets.pair_rows import condition_of, from_stored, row_problems, schema_of, schema_problems, to_stored
 
 if TYPE_CHECKING:
@@ -50,10 +51,16 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 class PairStore:
-    """A pair store in ``folder``, which need not exist yet. Also what the trainer takes as data (``__len__`` and ``rows``)."""
+    """A pair store in ``folder``, which need not exist yet. Also what the trainer takes as data (``__len__`` and ``rows``).
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    Args:
+        outputs: the kind of outputs that it is for, a name of :data:`polyalign.datasets.outputs.KINDS`; a store with others is
+            refused when it is read. None takes what is there; a new one is then for pictures.
+    """
+
+    def __init__(self, folder: str | Path, outputs: str | None = None):
+        self.folder, self.outputs = Path(folder), outputs
+        self._kind: OutputKind | None = None
         self._layout: tuple[list[Path], list[tuple[int, int]]] | None = None
         self._files: dict[int, pq.ParquetFile] = {}
 
@@ -78,7 +85,8 @@ class PairStore:
         names = sorted(judges if judges is not None else rows[0]["chosen_scores"] if rows else ())
         if not names:
             raise ValueError("a shard needs at least one judge: parquet has no empty structs. Name them in 'judges'")
-        table = pa.Table.from_pylist([to_stored(row, names) for row in rows], schema=schema_of(names))
+        kind = KINDS[self.outputs or "picture"]
+        table = pa.Table.from_pylist([to_stored(row, names, kind) for row in rows], schema=schema_of(names, kind))
         path = self.shard_path(index)
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, table_bytes(table))
@@ -94,17 +102,35 @@ class PairStore:
 
     def _forget(self) -> None:
         """Read anew what the folder holds, next time."""
-        self._layout, self._files = None, {}
+        self._layout, self._files, self._kind = None, {}, None
+
+    @property
+    def kind(self) -> OutputKind:
+        """The kind of the outputs that the shards hold.
+
+        Raises:
+            UserError: there are no shards, the first is damaged, or its outputs are not those that this store is for.
+        """
+        if self._kind is None:
+            first = self._shards_or_error()[0]
+            found = kind_of(_open(first).schema_arrow) or KINDS["picture"]  # validate() says what is wrong with the column
+            if self.outputs not in (None, found.name):
+                raise UserError(
+                    f"{self.folder}: a store of pairs of {found.words}, and pairs of {KINDS[self.outputs].words} are needed "
+                    "here"
+                )
+            self._kind = found
+        return self._kind
 
     def __len__(self) -> int:
         return len(self._shards_and_places()[1])
 
     def rows(self, indices: Sequence[int], *, decode: bool = True) -> list[dict[str, Any]]:
-        """Rows by their position in the store, in the order asked for; only these rows' pictures are decoded, and with
-        ``decode=False`` not even these: they are then the bytes of their files.
+        """Rows by their position in the store, in the order asked for; only these rows' outputs are decoded, and with
+        ``decode=False`` not even these: pictures are then the bytes of their files.
 
         Raises:
-            IndexError: no such row. UserError: a picture of these rows does not decode, or a row is damaged otherwise.
+            IndexError: no such row. UserError: an output of these rows does not decode, or a row is damaged otherwise.
         """
         paths, places = self._shards_and_places()
         groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -120,15 +146,15 @@ class PairStore:
         return rows
 
     def conditions(self) -> list[dict[str, Any]]:
-        """The condition of every row, without touching the pictures."""
+        """The condition of every row, without touching the outputs."""
         tables = [pq.read_table(path, columns=["condition"]) for path in self._shards_or_error()]
         return [condition_of(row["condition"]) for table in tables for row in table.to_pylist()]
 
     def _read(self, stored: dict[str, Any], shard: str, row: int, decode: bool) -> dict[str, Any]:
         try:
-            return from_stored(stored, decoded=decode)
+            return from_stored(stored, self.kind, decoded=decode)
         except (ValueError, TypeError, KeyError) as error:
-            problems = row_problems(stored) or [("row", str(error))]
+            problems = row_problems(stored, self.kind) or [("row", str(error))]
             raise UserError(_place(shard, row, stored, problems[0])) from error
 
     def _shards_and_places(self) -> tuple[list[Path], list[tuple[int, int]]]:
@@ -154,7 +180,7 @@ class PairStore:
         return shards
 
     def open(self) -> Dataset:
-        """The store as a Hugging Face data set, pictures as ``Image`` columns."""
+        """The store as a Hugging Face data set, outputs as columns of their kind (pictures as ``Image``)."""
         from datasets import load_dataset
 
         return load_dataset("parquet", data_files=[str(path) for path in self._shards_or_error()], split="train")
@@ -170,19 +196,29 @@ class PairStore:
         """Check every row of every shard and return the number of rows.
 
         Raises:
-            UserError: all that is wrong, at once (the first 20 are shown), each with shard, row, pair_id, column.
+            UserError: all that is wrong, at once (the first 20 are shown), each with shard, row, pair_id, column; or outputs of
+                another kind than this store is for.
         """
-        shards, problems, seen = self._shards_or_error(), [], {}
+        shards, kind, problems, seen = self._shards_or_error(), self._kind_or_none(), [], {}
         numbers = [int(_SHARD.fullmatch(path.name)[1]) for path in shards]  # pyright: ignore[reportOptionalSubscript]
         gaps = sorted(set(range(numbers[-1])) - set(numbers))
         problems += [
             f"shard pairs-{index:05d}.parquet is missing: the generation was interrupted, run it again" for index in gaps
         ]
         for path in shards:
-            problems += _shard_problems(path, seen)
+            problems += _shard_problems(path, seen, kind)
         if problems:
             raise UserError(f"{self.folder}: {len(problems)} problem(s) in this pair store:\n{listed(problems)}")
         return len(seen)
+
+    def _kind_or_none(self) -> OutputKind | None:
+        """As ``kind``; None if the first shard is damaged, which has its own line in the list of problems."""
+        first = self._shards_or_error()[0]
+        try:
+            _open(first)
+        except UserError:
+            return None
+        return self.kind
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -192,17 +228,20 @@ def _open(path: Path) -> pq.ParquetFile:
         raise UserError(f"{path}: not a readable parquet file: {error}. Delete it and run 'generate' again") from error
 
 
-def _shard_problems(path: Path, seen: dict[str, str]) -> list[str]:
+def _shard_problems(path: Path, seen: dict[str, str], expected: OutputKind | None) -> list[str]:
     """What is wrong with one shard; ``seen`` collects where each pair_id was."""
     try:
         file = _open(path)
+        kind = kind_of(file.schema_arrow) or expected or KINDS["picture"]
         problems = [f"{path.name}: {problem}" for problem in schema_problems(file.schema_arrow)]
+        if expected is not None and kind is not expected:
+            problems.append(f"{path.name}: holds {kind.words}, and the first shard {expected.words}")
         if problems:
             return problems
         row = 0
         for batch in file.iter_batches(batch_size=ROW_GROUP):
             for stored in batch.to_pylist():
-                problems += [_place(path.name, row, stored, problem) for problem in row_problems(stored)]
+                problems += [_place(path.name, row, stored, problem) for problem in row_problems(stored, kind)]
                 place = f"{path.name} row {row}"
                 first = seen.setdefault(stored["pair_id"] or place, place)
                 if first != place:

@@ -1,4 +1,4 @@
-"""What an importer asks of every picture, caption and path before it lets them into a store.
+"""What an importer asks of every picture, text and path before it lets them into a store.
 
 Data come from strangers. A picture's header is read before its pixels, so that a decompression bomb is never opened; only
 formats that Pillow decodes itself are tried (EPS would start another program); a path out of the data's own folder, and every
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
+from polyalign.core.files import sha256_of
 from polyalign.datasets.pictures import FORMATS, UNREADABLE, decode, fingerprint
 
 MAX_PIXELS = 1 << 25  # 33.5 million: twice 4096 x 4096
@@ -40,6 +41,22 @@ def check_picture(content: bytes) -> str:
             raise ValueError(f"not a picture in a format that can be read ({len(content)} bytes)") from error
     _refuse(image, frames)
     return fingerprint(decode(content))
+
+
+def check_text(text: str) -> str:
+    """The SHA-256 of an answer's text, once it is sure to be usable.
+
+    Raises:
+        ValueError: it is no text, it is empty or blank, or holds half of a Unicode pair, which no file can.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"must be text, found {'nothing' if text is None else type(text).__name__}")
+    if not text.strip():
+        raise ValueError("is empty; an answer needs at least one visible character")
+    try:
+        return sha256_of(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is not Unicode: {error.object[max(0, error.start - 20) : error.end]!r}") from error
 
 
 def _refuse(image: Image.Image, frames: int) -> None:

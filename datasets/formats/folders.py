@@ -28,7 +28,7 @@ from polyalign.datasets.formats.exporting import as_file, rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.formats.suffixes import CLUTTER, ENDINGS
-from polyalign.datasets.pair_rows import PICTURES
+from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.prompts import Condition, as_condition
 
@@ -68,7 +68,7 @@ class Folders(Source):
         self.names = sorted([*(pair.name for pair in self.pairs), *self.duplicates])
 
     def identity(self) -> dict[str, Any]:
-        pictures = {self._shown(getattr(pair, side)): getattr(pair, side) for pair in self.pairs for side in PICTURES}
+        pictures = {self._shown(getattr(pair, side)): getattr(pair, side) for pair in self.pairs for side in SIDES}
         conditions = json.dumps([pair.condition for pair in self.pairs], sort_keys=True, ensure_ascii=False)
         return {"files": identity_of(pictures), "captions": sha256_of(conditions.encode()), "duplicates": self.duplicates}
 
@@ -86,8 +86,8 @@ class Folders(Source):
     def _read(self, name: str, pair: FolderPair | None) -> Outcome:
         if pair is None:
             return Outcome(duplicates=[name])
-        origin = {side: self._shown(getattr(pair, side)) for side in PICTURES}
-        chosen, rejected = (read_file(self.path, origin[side]) for side in PICTURES)
+        origin = {side: self._shown(getattr(pair, side)) for side in SIDES}
+        chosen, rejected = (read_file(self.path, origin[side]) for side in SIDES)
         return Outcome([replace(pair_of(name, pair.condition, chosen, rejected, origin), checked=True)])
 
     def _shown(self, path: Path) -> str:
@@ -102,16 +102,16 @@ def read_folders(folder: Path, *, dropped: list[str] | None = None) -> tuple[lis
             is wrong with single pairs goes there instead, and these pairs are left out.
     """
     folder = Path(folder)
-    absent = [f"{side}/" for side in PICTURES if not (folder / side).is_dir()]
+    absent = [f"{side}/" for side in SIDES if not (folder / side).is_dir()]
     if absent:
         raise UserError(
             f"{folder}: no {' and no '.join(absent)} in this folder. It needs chosen/ and rejected/ with pictures of equal "
             "names, and captions as .txt files beside them or in captions.jsonl"
         )
     problems: list[str] = []
-    sides = {side: _pictures(folder, side, problems) for side in PICTURES}
+    sides = {side: _pictures(folder, side, problems) for side in SIDES}
     names = sorted(set(sides["chosen"]) & set(sides["rejected"]))
-    for side, other in (PICTURES, PICTURES[::-1]):
+    for side, other in (SIDES, SIDES[::-1]):
         alone = sorted(set(sides[side]) - set(sides[other]))
         problems += [f"{side}/{sides[side][name].name} has no {other}/{name}.*" for name in alone]
     if not any(sides.values()):
@@ -120,7 +120,7 @@ def read_folders(folder: Path, *, dropped: list[str] | None = None) -> tuple[lis
     pairs, duplicates = [], []
     for name in names:
         condition = captions.of(name)
-        hashes = [_hash_of(sides[side][name], folder, problems) for side in PICTURES]
+        hashes = [_hash_of(sides[side][name], folder, problems) for side in SIDES]
         if condition is None or None in hashes:
             continue
         if hashes[0] == hashes[1]:
@@ -272,12 +272,12 @@ def export_folders(store: PairStore, folder: Path) -> None:
     """``chosen/``, ``rejected/`` with ``000000.png``, ``chosen/000000.txt`` and ``captions.jsonl`` in ``folder``, numbered in
     the store's order. PNG, JPEG and WebP byte for byte, others as PNG; line feeds and runs of spaces in a prompt become one
     space."""
-    for side in PICTURES:
+    for side in SIDES:
         (folder / side).mkdir()
     written = []
     for index, row in rows_of(store):
         contents = []
-        for side in PICTURES:
+        for side in SIDES:
             ending, content = as_file(row[side])
             (folder / side / f"{index:06d}{ending}").write_bytes(content)
             contents.append(content)

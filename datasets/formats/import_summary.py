@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.formats.source import JUDGE, Source
+from polyalign.datasets.outputs import KINDS
 from polyalign.datasets.pair_rows import SCORES
 from polyalign.datasets.pairing import histogram
 from polyalign.datasets.pairs import PairStore
@@ -92,4 +93,7 @@ def no_pairs(source: Source, summary: Mapping[str, Any]) -> str:
     said = ", ".join(f"{summary[name]} {name.replace('_', ' ')}" for name in counted if name in summary)
     same = summary["duplicates_dropped"]
     first = f". The first row dropped: {summary['dropped'][0]['problem']}" if summary["dropped"] else ""
-    return f"{source.path}: no pair is left ({said}); in {same} the two pictures are identical, so nothing is preferred{first}"
+    return (
+        f"{source.path}: no pair is left ({said}); in {same} the two {KINDS[source.outputs].words} are identical, so nothing "
+        f"is preferred{first}"
+    )

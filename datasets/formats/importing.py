@@ -1,8 +1,8 @@
 """Any public format to the pair store: in order, in shards, going on where an interrupted import stopped.
 
-A format is a :class:`Source`: it gives :class:`Entry` objects in a fixed order, each of which reads its pictures only when
+A format is a :class:`Source`: it gives :class:`Entry` objects in a fixed order, each of which reads its outputs only when
 asked. Shard i holds the pairs of entries i*R to (i+1)*R - 1, so its bytes depend on these entries alone and an import that was
-killed goes on at the first missing shard, without reading the pictures before it. Beside ``pairs-00000.parquet`` lies
+killed goes on at the first missing shard, without reading the outputs before it. Beside ``pairs-00000.parquet`` lies
 ``imported-00000.json``: what became of the entries that are in no pair. ``import.json`` says what is imported, so that shards
 of two different imports never come together; ``summary.json`` is computed from all these at the end.
 
@@ -20,13 +20,13 @@ from itertools import islice
 from typing import Any
 
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write, sha256_of
+from polyalign.core.files import atomic_write
 from polyalign.core.progress import ProgressLine
 from polyalign.datasets.files import listed, remove_unfinished
-from polyalign.datasets.formats.checking import check_picture
 from polyalign.datasets.formats.import_summary import column_of, no_pairs, note_path, notes_of, summary_of
 from polyalign.datasets.formats.source import JUDGE, Entry, OnBadRow, Outcome, Pair, Source
-from polyalign.datasets.pair_rows import PICTURES, SCORES
+from polyalign.datasets.outputs import KINDS
+from polyalign.datasets.pair_rows import SCORES, SIDES
 from polyalign.datasets.pairs import PairStore
 
 NOTE = "import.json"
@@ -35,12 +35,13 @@ NOTE = "import.json"
 def import_pairs(source: Source, store: PairStore, *, on_bad_row: OnBadRow = "error") -> dict[str, Any]:
     """Fill ``store`` from ``source``, write its ``summary.json`` and return the summary. Finished already, it changes nothing.
 
-    A pair whose two pictures are the same to the pixel holds no preference: it is left out and counted.
+    A pair whose two outputs are the same (pictures: to the pixel) holds no preference: it is left out and counted.
 
     Raises:
-        UserError: bad rows (unless dropped), no pair left, the store holds other pairs, or no room on the disk; finished shards
-            are kept.
+        UserError: bad rows (unless dropped), no pair left, the store holds other pairs or is for another kind of outputs, or no
+            room on the disk; finished shards are kept.
     """
+    _same_outputs(source, store)
     around = source.problems()
     if around and on_bad_row == "error":
         raise UserError(f"{source.path}: {len(around)} problem(s), nothing was imported:\n{listed(around)}\n{_ADVICE}")
@@ -59,6 +60,14 @@ def import_pairs(source: Source, store: PairStore, *, on_bad_row: OnBadRow = "er
             "now they are to be an error. Ask for drop again, or import into another folder"
         )
     return summary
+
+
+def _same_outputs(source: Source, store: PairStore) -> None:
+    """Raises UserError if the store is for another kind of outputs than the source has; one that is for none takes on its."""
+    if store.outputs not in (None, source.outputs):
+        found, wanted = KINDS[source.outputs].words, KINDS[store.outputs].words
+        raise UserError(f"{source.path}: holds pairs of {found}, and pairs of {wanted} are needed here")
+    store.outputs = source.outputs
 
 
 _ADVICE = (
@@ -91,6 +100,7 @@ class _Import:
 
     def __init__(self, source: Source, store: PairStore, on_bad_row: OnBadRow):
         self.source, self.store, self.on_bad_row = source, store, on_bad_row
+        self.kind = KINDS[source.outputs]
         self.seen: set[str] = set()
         self.known_judges = source.judges
 
@@ -149,20 +159,20 @@ class _Import:
             )
         note = {"counts": dict(sorted(counts.items())), "duplicates": duplicates, "dropped": dropped}
         atomic_write(note_path(self.store, index), json.dumps(note, indent=1, ensure_ascii=False) + "\n")
-        self.store.write_shard(index, [_row(pair, self.source.name) for pair in kept], judges=self._judges())
+        self.store.write_shard(index, [self._row(pair) for pair in kept], judges=self._judges())
 
     def _looked_at(self, outcome: Outcome) -> tuple[list[Pair], list[str]]:
-        """The entry's pairs with two different pictures, and the ids of the others.
+        """The entry's pairs with two different outputs, and the ids of the others.
 
         Raises:
-            ValueError: a picture that cannot be used, an id used before, scores of other judges.
+            ValueError: an output that cannot be used, an id used before, scores of other judges.
         """
         kept, same, ids = [], [_printable(name) for name in outcome.duplicates], []
         for pair in outcome.pairs:
             if pair.pair_id in self.seen or pair.pair_id in ids:
                 raise ValueError(f"the name {pair.pair_id!r} was used before, and every pair needs its own")
             _check_text(pair)
-            if not pair.checked and _checked(pair, "chosen") == _checked(pair, "rejected"):
+            if not pair.checked and self._checked(pair, "chosen") == self._checked(pair, "rejected"):
                 same.append(pair.pair_id)
                 continue
             judges = sorted(self._judges())
@@ -172,6 +182,28 @@ class _Import:
             ids.append(pair.pair_id)
         self.seen.update(ids)
         return kept, same
+
+    def _checked(self, pair: Pair, side: str) -> str:
+        try:
+            return self.kind.check(getattr(pair, side))
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from error
+
+    def _row(self, pair: Pair) -> dict[str, Any]:
+        """The pair as the store takes it."""
+        provenance = pair.provenance
+        if provenance is None:
+            hashes = {f"{side}_sha256": self.kind.fingerprint(getattr(pair, side)) for side in SIDES}
+            judges = {name: {"version": "1"} for name in pair.scores[0]}
+            provenance = {"sampler": {"source": self.source.name, **pair.origin, **hashes}, "judges": judges}
+        return {
+            "pair_id": pair.pair_id,
+            "condition": pair.condition,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            **dict(zip(SCORES, pair.scores, strict=True)),
+            "provenance": provenance,
+        }
 
     def _judges(self) -> Sequence[str]:
         """Whose scores the store holds: the source's word, or that of its first good pair."""
@@ -200,27 +232,3 @@ def _check_text(pair: Pair) -> None:
         json.dumps([pair.pair_id, pair.condition, dict(pair.origin), pair.provenance], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text that is not Unicode: {error.object[max(0, error.start - 20) : error.end]!r}") from error
-
-
-def _checked(pair: Pair, side: str) -> str:
-    try:
-        return check_picture(getattr(pair, side))
-    except ValueError as error:
-        raise ValueError(f"{side}: {error}") from error
-
-
-def _row(pair: Pair, source: str) -> dict[str, Any]:
-    """The pair as the store takes it."""
-    provenance = pair.provenance
-    if provenance is None:
-        hashes = {f"{side}_sha256": sha256_of(getattr(pair, side)) for side in PICTURES}
-        judges = {name: {"version": "1"} for name in pair.scores[0]}
-        provenance = {"sampler": {"source": source, **pair.origin, **hashes}, "judges": judges}
-    return {
-        "pair_id": pair.pair_id,
-        "condition": pair.condition,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        **dict(zip(SCORES, pair.scores, strict=True)),
-        "provenance": provenance,
-    }

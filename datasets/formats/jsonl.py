@@ -19,7 +19,7 @@ from polyalign.datasets.formats.exporting import as_file, rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.formats.text_lines import as_object, count_objects, named_files, objects
-from polyalign.datasets.pair_rows import PICTURES
+from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
 
 FILE = "pairs.jsonl"
@@ -36,7 +36,7 @@ def import_jsonl(path: Path, store: PairStore, *, on_bad_row: OnBadRow = "error"
 
 def listed(path: Path) -> list[Path]:
     """The pictures that the file at ``path`` names."""
-    return named_files(JsonLines(path).path, PICTURES)
+    return named_files(JsonLines(path).path, SIDES)
 
 
 class JsonLines(Source):
@@ -62,12 +62,12 @@ class JsonLines(Source):
 
     def _read(self, pair_id: str, place: str, given: Any) -> Outcome:
         line = as_object(given)
-        missing = [f"'{side}'" for side in PICTURES if line.get(side) is None]
+        missing = [f"'{side}'" for side in SIDES if line.get(side) is None]
         if missing:
             raise ValueError(f"no {' and no '.join(missing)}; found {', '.join(map(repr, line)) or 'nothing'}")
-        chosen, rejected = (read_file(self.path.parent, line[side]) for side in PICTURES)
-        rest = {name: value for name, value in line.items() if name not in PICTURES}
-        origin = {"file": self.path.name, "place": place, **{side: line[side] for side in PICTURES}}
+        chosen, rejected = (read_file(self.path.parent, line[side]) for side in SIDES)
+        rest = {name: value for name, value in line.items() if name not in SIDES}
+        origin = {"file": self.path.name, "place": place, **{side: line[side] for side in SIDES}}
         return Outcome([pair_of(pair_id, rest, chosen, rejected, origin)])
 
 
@@ -78,7 +78,7 @@ def export_jsonl(store: PairStore, folder: Path) -> None:
     written = []
     for index, row in rows_of(store):
         names, contents = {}, []
-        for side in PICTURES:
+        for side in SIDES:
             ending, content = as_file(row[side])
             names[side] = f"pictures/{index:06d}-{side}{ending}"
             (folder / names[side]).write_bytes(content)

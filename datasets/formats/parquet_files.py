@@ -46,7 +46,7 @@ def files_of(path: Path, split: str | None) -> dict[str, Path]:
     if (path / "state.json").is_file():
         return _saved(path)
     found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.suffix.lower() in ENDINGS}
-    return _of_split(path, found, split)
+    return of_split(path, found, split)
 
 
 def _split_folder(path: Path, split: str | None) -> Path:
@@ -69,7 +69,12 @@ def _saved(path: Path) -> dict[str, Path]:
         raise UserError(f"{path / 'state.json'}: does not say which files hold the data ({error})") from error
 
 
-def _of_split(path: Path, found: dict[str, Path], split: str | None) -> dict[str, Path]:
+def of_split(path: Path, found: dict[str, Path], split: str | None) -> dict[str, Path]:
+    """Those of the files at ``path`` that are of the split that is meant.
+
+    Raises:
+        UserError: none there, several splits and no ``split``, or no such split.
+    """
     if not found:
         raise UserError(f"{path}: no files ending in {' or '.join(ENDINGS)} in this folder")
     by_split: dict[str, dict[str, Path]] = {}

@@ -14,23 +14,23 @@ from polyalign.datasets.prompts import Condition
 
 OnBadRow = Literal["error", "drop"]
 
-JUDGE = "user"  # whose preference it is: 1 for the chosen picture, 0 for the rejected one
+JUDGE = "user"  # whose preference it is: 1 for the chosen output, 0 for the rejected one
 PREFERRED = ({JUDGE: 1.0}, {JUDGE: 0.0})
 _ENDS = 1 << 20  # bytes at either end of a large file that are looked at to know it again
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference as an importer found it; pictures are the bytes of their files.
+    """One preference as an importer found it; pictures are the bytes of their files, texts are text.
 
     ``origin`` says where it is from (it becomes ``provenance.sampler``). ``provenance`` is only given for pairs that this
-    package exported, and then kept as it is. ``checked``: the pictures have been looked at before.
+    package exported, and then kept as it is. ``checked``: the outputs have been looked at before.
     """
 
     pair_id: str
     condition: Condition
-    chosen: bytes
-    rejected: bytes
+    chosen: bytes | str
+    rejected: bytes | str
     origin: Mapping[str, Any] = field(default_factory=dict)
     scores: tuple[Mapping[str, float], Mapping[str, float]] = PREFERRED
     provenance: Mapping[str, Any] | None = None
@@ -39,7 +39,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one entry holds: its pairs, how many pictures took part, and counts of what became no pair, such as
+    """What one entry holds: its pairs, how many outputs took part, and counts of what became no pair, such as
     ``ties_dropped``; they are summed up in the summary under these names."""
 
     pairs: Sequence[Pair] = ()
@@ -65,6 +65,9 @@ class Source(ABC):
 
     path: Path
     """Where the data are, for messages."""
+
+    outputs: str = "picture"
+    """The kind of its outputs, a name of :data:`polyalign.datasets.outputs.KINDS`."""
 
     judges: Sequence[str] | None = (JUDGE,)
     """Whose scores its pairs carry; None if only the pairs say."""

@@ -1,6 +1,6 @@
 """Pairs of another pair store: taken over as they are, or judged anew.
 
-Judging anew is the AI feedback of Diffusion-DPO (arXiv 2311.12908): of each pair the picture with the higher score becomes the
+Judging anew is the AI feedback of Diffusion-DPO (arXiv 2311.12908): of each pair the output with the higher score becomes the
 chosen one; where the judge disagrees with the store the two are swapped, where it gives both the same score the pair is a tie,
 dropped and counted. The official code can do this for one pair at a time only and has no count of either.
 """
@@ -16,9 +16,8 @@ from polyalign.core.adapter import Judge
 from polyalign.core.errors import UserError
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry
-from polyalign.datasets.pair_rows import PICTURES
+from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
-from polyalign.datasets.pictures import decode
 
 TOGETHER = 16  # pairs that are read together, and that a judge sees in one call
 
@@ -49,6 +48,7 @@ class Stored(Source):
         self.path, self.given = path, PairStore(path)
         if not self.given.validate():
             raise UserError(f"{path}: there are no pairs in this store")
+        self.outputs = self.given.kind.name
         first = self.given.rows([0], decode=False)[0]
         self._rows: tuple[int, list[dict[str, Any]]] = (-1, [])
         self.judges = self.own_judges = sorted(first["chosen_scores"])
@@ -108,24 +108,24 @@ class Relabelled(Stored):
         return Outcome([_pair(_swapped(row))], counts={"disagreed": 1})
 
     def _judged(self, index: int) -> tuple[dict[str, Any], float, float]:
-        """A row with the judge's scores of its two pictures; the judge sees the rows around it in the same call."""
+        """A row with the judge's scores of its two outputs; the judge sees the rows around it in the same call."""
         rows, place = self._around(index), index % TOGETHER
         if self._scores[0] != index - place:
-            conditions = [row["condition"] for row in rows for _ in PICTURES]
-            pictures = [decode(row[side]) for row in rows for side in PICTURES]
-            self._scores = index - place, self._finite(rows, self.judge.score(conditions, pictures))
+            conditions = [row["condition"] for row in rows for _ in SIDES]
+            outputs = [self.given.kind.opened(row[side]) for row in rows for side in SIDES]
+            self._scores = index - place, self._finite(rows, self.judge.score(conditions, outputs))
         chosen, rejected = self._scores[1][2 * place : 2 * place + 2]
         return rows[place], chosen, rejected
 
     def _finite(self, rows: Sequence[Mapping[str, Any]], given: Sequence[float]) -> list[float]:
         who, scores = f"the judge '{self.judge.name}' (version {self.judge.version})", [float(score) for score in given]
         if len(scores) != 2 * len(rows):
-            raise UserError(f"{who} gave {len(scores)} scores for {2 * len(rows)} pictures")
+            raise UserError(f"{who} gave {len(scores)} scores for {2 * len(rows)} {self.given.kind.words}")
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                row, side = rows[place // 2], PICTURES[place % 2]
+                row, side = rows[place // 2], SIDES[place % 2]
                 raise UserError(
-                    f"{who} gave {score} for the {side} picture of pair {row['pair_id']!r}, prompt "
+                    f"{who} gave {score} for the {side} output of pair {row['pair_id']!r}, prompt "
                     f"{row['condition']['prompt']!r}; scores must be finite numbers. Finished shards are kept"
                 )
         return scores

@@ -18,7 +18,7 @@ from polyalign.datasets.formats.checking import read_file
 from polyalign.datasets.formats.exporting import as_file, rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry, identity_of
-from polyalign.datasets.pair_rows import PICTURES
+from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -65,7 +65,7 @@ class Suffixes(Source):
 
     def _sides(self) -> dict[str, dict[str, str]]:
         """The pictures of each side: the pair's name -> the file's name."""
-        sides: dict[str, dict[str, str]] = {side: {} for side in PICTURES}
+        sides: dict[str, dict[str, str]] = {side: {} for side in SIDES}
         for name, file in self.files.items():
             if file.suffix.lower() in CAPTIONS:
                 continue
@@ -79,7 +79,7 @@ class Suffixes(Source):
                 self._around.append(f"{name} has the name of {sides[side][pair]}")
             else:
                 sides[side][pair] = name
-        for side, other in (PICTURES, PICTURES[::-1]):
+        for side, other in (SIDES, SIDES[::-1]):
             alone = sorted(set(sides[side]) - set(sides[other]))
             self._around += [f"{sides[side][pair]} has no {pair}{self.ends[other]}.*" for pair in alone]
         return sides
@@ -89,8 +89,8 @@ class Suffixes(Source):
             yield entry(f"pair {name}", self._read, name)
 
     def _read(self, name: str) -> Outcome:
-        files = {side: self.sides[side][name] for side in PICTURES}
-        chosen, rejected = (read_file(self.path, files[side]) for side in PICTURES)
+        files = {side: self.sides[side][name] for side in SIDES}
+        chosen, rejected = (read_file(self.path, files[side]) for side in SIDES)
         caption = caption_of(self.path, self.files, (name, name + self.ends["chosen"]))
         return Outcome([Pair(name, {"prompt": caption}, chosen, rejected, files)])
 
@@ -128,7 +128,7 @@ def export_suffixes(store: PairStore, folder: Path) -> None:
     """``000000_w.png``, ``000000_l.png`` and ``000000.txt`` in ``folder``, numbered in the store's order. Only the pictures and
     the prompt go along: this format has no place for scores and provenance."""
     for index, row in rows_of(store):
-        for side, end in zip(PICTURES, ("_w", "_l"), strict=True):
+        for side, end in zip(SIDES, ("_w", "_l"), strict=True):
             ending, content = as_file(row[side])
             (folder / f"{index:06d}{end}{ending}").write_bytes(content)
         (folder / f"{index:06d}.txt").write_text(row["condition"]["prompt"] + "\n", encoding="utf-8")

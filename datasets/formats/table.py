@@ -1,8 +1,9 @@
 """The formats of preference pairs by name: one row each, and nothing else to edit for the next one.
 
-A row names where its data lie (the recipe's key under ``pairs``), the function that reads them into a pair store and the one
-that writes them from it, as ``module:function``. An importer is ``f(path, store, *, on_bad_row, **options)``; its keyword
-arguments with defaults are its options, and their annotations what is allowed. An exporter is ``f(store, folder)``.
+Pictures and texts have a table each. A row names where its data lie (the recipe's key under ``pairs``), the function that reads
+them into a pair store and the one that writes them from it, as ``module:function``. An importer is ``f(path, store, *,
+on_bad_row, **options)``; its keyword arguments with defaults are its options, and their annotations what is allowed. An
+exporter is ``f(store, folder)``.
 """
 
 from __future__ import annotations
@@ -105,7 +106,23 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+TEXT_FORMATS: Mapping[str, Format] = {
+    row.name: row
+    for row in (
+        Format(
+            "rows",
+            "path",
+            "a parquet file, a folder of them, a saved data set, or a file of JSON lines",
+            f"{_HERE}.text_rows:import_text_rows",
+        ),
+        Format("jsonl", "path", "a file of JSON lines, or a .json file that is a list", f"{_HERE}.text_rows:import_text_rows"),
+        Format("store", "store", "the folder of a pair store of texts", f"{_HERE}.stores:import_store"),
+        Format("relabel", "store", "the folder of a pair store of texts", f"{_HERE}.stores:relabel", needs="judge"),
+    )
+}
+
+
+def checked_options(name: str, options: Mapping[str, Any], formats: Mapping[str, Format] = FORMATS) -> dict[str, Any]:
     """The options of a format, ready for its importer.
 
     Raises:
@@ -113,7 +130,7 @@ def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    importer = _load(FORMATS[name].reads)
+    importer = _load(formats[name].reads)
     parameters = inspect.signature(importer).parameters.values()
     known = [one.name for one in parameters if one.default is not inspect.Parameter.empty and one.name != "on_bad_row"]
     hints = get_type_hints(importer, include_extras=True)
@@ -136,15 +153,16 @@ def import_format(
     options: Mapping[str, Any] | None = None,
     judge: Judge | None = None,
     drawing: Drawing | None = None,
+    formats: Mapping[str, Format] = FORMATS,
 ) -> dict[str, Any]:
-    """Read the data at ``path`` into ``store`` and return the summary.
+    """Read the data at ``path`` into ``store`` and return the summary; ``formats`` is the table of the store's kind.
 
     Raises:
         UserError: no such format or option, or whatever is wrong with the data.
     """
-    row = _row(name)
+    row = _row(name, formats)
     try:
-        given = checked_options(name, options or {})
+        given = checked_options(name, options or {}, formats)
     except ValueError as error:
         raise UserError(str(error)) from error
     if row.needs:
@@ -154,13 +172,13 @@ def import_format(
     return _load(row.reads)(Path(path), store, on_bad_row=on_bad_row, **given)
 
 
-def listed_files(name: str, path: str | Path) -> list[Path]:
+def listed_files(name: str, path: str | Path, formats: Mapping[str, Format] = FORMATS) -> list[Path]:
     """The files that the data at ``path`` are made of besides ``path`` itself, where it only names them.
 
     Raises:
         UserError: no such format, or the file that names them cannot be read.
     """
-    lists = _row(name).lists
+    lists = _row(name, formats).lists
     return [] if lists is None else _load(lists)(Path(path))
 
 
@@ -177,10 +195,10 @@ def exporter(name: str) -> Callable[[PairStore, Path], None]:
     return _load(writes)
 
 
-def _row(name: str) -> Format:
-    if name not in FORMATS:
-        raise UserError(f"there is no format '{name}'; formats: {', '.join(FORMATS)}")
-    return FORMATS[name]
+def _row(name: str, formats: Mapping[str, Format] = FORMATS) -> Format:
+    if name not in formats:
+        raise UserError(f"there is no format '{name}'; formats: {', '.join(formats)}")
+    return formats[name]
 
 
 def _load(place: str) -> Callable[..., Any]:

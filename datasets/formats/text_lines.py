@@ -16,19 +16,21 @@ def lines(path: Path, start: int) -> Iterator[tuple[int, str]]:
     """(number of the line, counted from 1; its text) of a text file from its ``start``-th line that is not blank on.
 
     Raises:
-        UserError: no such file, or not UTF-8.
+        UserError: no such file, or a line that is not UTF-8.
     """
-    found = 0
+    found = number = 0
     try:
         # Only line feeds end a line: Python's own rules would also cut at characters that may stand inside a JSON string.
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
+        with open(path, "rb") as file:
+            for number, content in enumerate(file, start=1):
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
                     if found >= start:
-                        yield number, line.strip()
+                        yield number, line
                     found += 1
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (near byte {error.start}). Save the file as UTF-8") from error
+        where = f"line {number}, byte {error.start + 1} of it"
+        raise UserError(f"{path}: not UTF-8 text ({where}). Save the file as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Expected a file of JSON lines") from error
 

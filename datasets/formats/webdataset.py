@@ -29,7 +29,7 @@ from polyalign.datasets.formats.exporting import as_file, parts_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.formats.text_lines import as_object
-from polyalign.datasets.pair_rows import PICTURES
+from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
 
 MAX_TEXT = 1 << 20  # bytes of a caption
@@ -90,7 +90,7 @@ class WebDataset(Source):
     def _read(self, file: Path, sample: _Sample) -> Outcome:
         if sample.problem:
             raise ValueError(sample.problem)
-        chosen, rejected = (self._picture(file, sample, side) for side in PICTURES)
+        chosen, rejected = (self._picture(file, sample, side) for side in SIDES)
         given: dict[str, Any] = {}
         if "json" in sample.members:
             given |= as_object(_text(file, sample.members["json"]))
@@ -170,7 +170,7 @@ def export_webdataset(store: PairStore, folder: Path) -> None:
 
 def _add_pair(archive: tarfile.TarFile, key: str, row: dict[str, Any]) -> None:
     contents = []
-    for side in PICTURES:
+    for side in SIDES:
         ending, content = as_file(row[side])
         _add(archive, f"{key}.{side}{ending}", content)
         contents.append(content)

@@ -73,6 +73,24 @@ def test_every_comparison_is_accounted_for(scores, mode, margin):
     assert result == pair_up(scores, mode=mode, margin=margin)
 
 
+def test_the_first_two_as_they_were_drawn():
+    assert pair_up([0.1, 0.7, 0.9], mode="first_second").pairs == (Pair(1, 0, 0.7 - 0.1),)
+    assert pair_up([0.1, 0.7, 0.9], mode="first_second", identities=["a", "a", "b"]).pairs == (Pair(2, 0, 0.9 - 0.1),)
+    assert pair_up([0.1], mode="first_second").pairs == ()
+
+
+def test_the_best_with_each_of_the_others():
+    paired = pair_up([1.0, 3.0, 2.0, 3.0], mode="best_rest")
+    assert paired.pairs == (Pair(1, 0, 2.0), Pair(1, 2, 1.0)) and paired.ties_dropped == 1
+    kept = pair_up([1.0, 3.0, 2.0, 3.0], mode="best_rest", ties="keep")
+    assert kept.pairs == (*paired.pairs, Pair(1, 3, 0.0)) and kept.ties_dropped == 0
+
+
+def test_ties_that_are_kept_pass_the_margin():
+    paired = pair_up([1.0, 1.0, 1.5], mode="all_pairs", margin=1.0, ties="keep")
+    assert paired.pairs == (Pair(0, 1, 0.0),) and paired.below_margin == 2 and paired.ties_dropped == 0
+
+
 def test_histogram_counts_every_score_once():
     bars = histogram([0.0, 0.1, 0.5, 1.0, 1.0], bins=10)
     assert bars["edges"][0] == 0.0 and bars["edges"][-1] == 1.0 and len(bars["edges"]) == 11
