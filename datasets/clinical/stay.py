@@ -9,29 +9,31 @@ A prompt is one line for the patient and the two ends of the stay, then one line
     day 3: procedure bronchoscopy.
     summary:
 
-Day 1 is the day of admission. :func:`stay_of` reads such a prompt back, exactly, so that whoever has the prompt has every fact
-of it, and what a summary says can be checked.
+Day 1 is the day of admission; ``undated: procedure bronchoscopy.`` is an event of which the source does not say when it was.
+:func:`stay_of` reads such a prompt back, exactly, so that whoever has the prompt has every fact of it, and what a summary says
+can be checked. That holds where every laboratory value and dose is a number with a unit, as not all of a real hospital's are.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Literal
 
 Kind = Literal["diagnosis", "procedure", "lab", "drug"]
 Sex = Literal["woman", "man"]
-Flag = Literal["low", "high", "abnormal"]
+Flag = Literal["low", "high", "abnormal", "normal"]
 
+FLAGS: Mapping[str, Flag] = {"low": "low", "high": "high", "abnormal": "abnormal", "normal": "normal"}
 CLOSING = "summary:"
 _HEAD = re.compile(
     r"(?P<sex>woman|man), (?P<age>\d{1,3}) years, admitted (?P<admitted>\d{4}-\d\d-\d\d), "
     r"(?P<destination>died|discharged [^,\d]+) (?P<discharged>\d{4}-\d\d-\d\d)\."
 )
-_EVENT = re.compile(r"day (?P<day>\d+): (?P<what>.+)\.")
-_LAB = re.compile(r"(?P<name>.+?) (?P<value>-?\d[\d.]*) (?P<unit>\S.*), (?P<flag>low|high|abnormal)")
+_EVENT = re.compile(r"(?:day (?P<day>\d+)|undated): (?P<what>.+)\.")
+_LAB = re.compile(r"(?P<name>.+?) (?P<value>-?\d[\d.]*) (?P<unit>\S.*), (?P<flag>low|high|abnormal|normal)")
 _DRUG = re.compile(r"(?P<name>.+?) (?P<value>\d[\d.]*) (?P<unit>\S.*)")
 _NAMED = re.compile(r"(?P<kind>diagnosis|procedure) (?P<name>.+)")
 
@@ -41,6 +43,7 @@ class Event:
     """One thing that happened. ``value`` is text, as its source writes it: doses and laboratory values must not be rounded.
 
     ``value`` and ``unit`` are a laboratory's or a drug's, ``flag`` is a laboratory's; diagnoses and procedures have but a name.
+    ``day`` is 0 where the source has no date. ``value`` and ``unit`` are None where it has none of them.
     """
 
     day: int
@@ -74,11 +77,10 @@ class Stay:
 
 def event_text(event: Event) -> str:
     """An event as its prompt line has it, without the day."""
-    if event.kind == "lab":
-        return f"{event.name} {event.value} {event.unit}, {event.flag}"
-    if event.kind == "drug":
-        return f"{event.name} {event.value} {event.unit}"
-    return f"{event.kind} {event.name}"
+    if event.kind not in ("lab", "drug"):
+        return f"{event.kind} {event.name}"
+    measured = " ".join(part for part in (event.name, event.value, event.unit) if part)
+    return f"{measured}, {event.flag}" if event.flag else measured
 
 
 def prompt_of(stay: Stay) -> str:
@@ -86,7 +88,11 @@ def prompt_of(stay: Stay) -> str:
     head = (
         f"{stay.sex}, {stay.age} years, admitted {stay.admitted.isoformat()}, {stay.destination} {stay.discharged.isoformat()}."
     )
-    return "\n".join([head, *(f"day {event.day}: {event_text(event)}." for event in stay.events), CLOSING])
+    return "\n".join([head, *(f"{_when(event)}: {event_text(event)}." for event in stay.events), CLOSING])
+
+
+def _when(event: Event) -> str:
+    return f"day {event.day}" if event.day else "undated"
 
 
 def stay_of(prompt: str) -> Stay:
@@ -117,12 +123,11 @@ def _event_of(line: str) -> Event:
     found = _EVENT.fullmatch(line)
     if found is None:
         raise ValueError(f"an event of a stay is 'day 2: ceftriaxone 1 g.', found {line!r}")
-    day, what = int(found["day"]), found["what"]
+    day, what = int(found["day"] or 0), found["what"]
     if named := _NAMED.fullmatch(what):
         return Event(day, "diagnosis" if named["kind"] == "diagnosis" else "procedure", named["name"])
     if lab := _LAB.fullmatch(what):
-        flag: Flag = "low" if lab["flag"] == "low" else "high" if lab["flag"] == "high" else "abnormal"
-        return Event(day, "lab", lab["name"], lab["value"], lab["unit"], flag)
+        return Event(day, "lab", lab["name"], lab["value"], lab["unit"], FLAGS[lab["flag"]])
     if drug := _DRUG.fullmatch(what):
         return Event(day, "drug", drug["name"], drug["value"], drug["unit"])
     raise ValueError(f"no diagnosis, procedure, laboratory value or drug: {line!r}")
@@ -135,5 +140,5 @@ def in_order(events: Sequence[Event]) -> tuple[Event, ...]:
 
 
 def day_of(stay: Stay, event: Event) -> date:
-    """The calendar day of an event."""
+    """The calendar day of an event that has one."""
     return stay.admitted + timedelta(days=event.day - 1)

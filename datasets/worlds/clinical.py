@@ -206,7 +206,7 @@ def _altered(stay: Stay, rng: random.Random) -> Stay:
 _FIRST = re.compile(r"A (\d+)-year-old (woman|man) was admitted on (\S+?)(?: with (.+))?")
 _TOLD = re.compile(r"On day (\d+), (.+)")
 _LAST = re.compile(r"(Died|Discharged [^\d]+?) on (\S+)")
-_LAB = re.compile(r"(.+?) was (low|high|abnormal) at (\S+) (.+)")
+_LAB = re.compile(r"(.+?) was (low|high|abnormal|normal) at (\S+) (.+)")
 _DRUG = re.compile(r"(.+?) (\d\S*) (.+) was given")
 _DONE = re.compile(r"(.+) was done")
 
