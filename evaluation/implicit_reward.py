@@ -58,15 +58,9 @@ def implicit_reward_accuracy(
     """
     if draws < 1 or not rows:
         raise ValueError(f"an accuracy needs pairs and draws, found {len(rows)} pairs and {draws} draws")
-    margins, prompts, ties = [], [], 0
-    with _evaluating(model.network), torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            found, decided = _margins(adapter, model, reference, part, draws)
-            margins.append(found[decided])
-            prompts += [_prompt(row) for row, kept in zip(part, decided.tolist(), strict=True) if kept]
-            ties += int((~decided).sum())
-    every = torch.cat(margins)  # (G, draws)
+    found, decided = implicit_margins(adapter, model, reference, rows, draws=draws, batch_size=batch_size)
+    every, ties = found[decided], int((~decided).sum())  # (G, draws)
+    prompts = [_prompt(row) for row, kept in zip(rows, decided.tolist(), strict=True) if kept]
     if not len(every):
         raise ValueError(f"all {ties} pairs are ties, so there is nothing to be right about")
     mean, interval = bootstrap_mean(
@@ -81,6 +75,19 @@ def implicit_reward_accuracy(
         "mean_margin": float(every.mean()),
         "accuracy_of_one_draw": float(_right(every).mean()),
     }
+
+
+def implicit_margins(
+    adapter: Adapter, model: Model, reference: Seat | None, rows: Sequence[Row], *, draws: int = DRAWS, batch_size: int = 8
+) -> tuple[Tensor, Tensor]:
+    """(G, draws) implicit rewards of the chosen less those of the rejected, without beta, in float64 on the CPU; (G,) whether
+    the pair is no tie. Arguments are those of :func:`implicit_reward_accuracy`."""
+    with _evaluating(model.network), torch.no_grad():
+        parts = [
+            _margins(adapter, model, reference, rows[start : start + batch_size], draws)
+            for start in range(0, len(rows), batch_size)
+        ]
+    return torch.cat([margins for margins, _ in parts]), torch.cat([decided for _, decided in parts])
 
 
 def _margins(adapter: Adapter, model: Model, reference: Seat | None, rows: Sequence[Row], draws: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from polyalign.core.errors import UserError
 GROUP = "polyalign.judges"
 ABSENT = object()
 
-JUDGES: Mapping[str, str] = {
+PICTURE_JUDGES: Mapping[str, str] = {
     "shapes": "polyalign.datasets.worlds.shapes:ShapesJudge",
     "reference_style": "polyalign.datasets.reference_pictures:ReferenceStyleJudge",
     "reference_name": "polyalign.datasets.reference_pictures:ReferenceNameJudge",
@@ -41,6 +41,22 @@ JUDGES: Mapping[str, str] = {
     "mixture": "polyalign.evaluation.image_judges.mixture:MixtureJudge",
     "http": "polyalign.evaluation.image_judges.endpoint:HttpJudge",
 }
+
+TEXT_JUDGES: Mapping[str, str] = {
+    "clinical": "polyalign.datasets.worlds.clinical:ClinicalJudge",
+    "text_rules": "polyalign.evaluation.text_judges.rules:RulesJudge",
+    "reward_model": "polyalign.evaluation.text_judges.reward_model:RewardModelJudge",
+    "implicit_reward_text": "polyalign.evaluation.text_judges.implicit_reward:ImplicitRewardTextJudge",
+    "clinical_facts": "polyalign.evaluation.text_metrics.facts:ClinicalFactsJudge",
+    "rouge_l": "polyalign.evaluation.text_metrics.rouge:RougeLJudge",
+    "bert_similarity": "polyalign.evaluation.text_metrics.similarity:BertSimilarityJudge",
+    "http_text": "polyalign.evaluation.text_judges.endpoint:HttpTextJudge",
+}
+
+JUDGES: Mapping[str, str] = {**PICTURE_JUDGES, **TEXT_JUDGES}
+
+OF_OUTPUTS: Mapping[str, Mapping[str, str]] = {"picture": PICTURE_JUDGES, "text": TEXT_JUDGES}
+"""Our judges by the kind of outputs that they judge."""
 
 
 class JudgeSpec(Protocol):
@@ -140,8 +156,19 @@ def refuse_unfit(judges: Sequence[Judge]) -> None:
             )
         if getattr(judge, "relative", False):
             raise UserError(
-                f"the judge '{judge.name}' compares pictures of one prompt with each other, so its scores of the base and of "
+                f"the judge '{judge.name}' compares outputs of one prompt with each other, so its scores of the base and of "
                 "the aligned model, which are asked for apart, would say nothing. Take its other mode (pointwise) here"
+            )
+
+
+def refuse_other_outputs(names: Sequence[str], outputs: str) -> None:
+    """Raises UserError if one of our judges named is for outputs of another kind. Of others' judges nothing is known."""
+    able = OF_OUTPUTS[outputs]
+    for name in names:
+        kind = next((kind for kind, rows in OF_OUTPUTS.items() if name in rows), outputs)
+        if kind != outputs:
+            raise UserError(
+                f"the judge '{name}' judges {kind}s, and these outputs are {outputs}s. Take one of: {', '.join(able)}"
             )
 
 

@@ -97,6 +97,18 @@ def bootstrap_mean(
     Raises:
         ValueError: no values, or as many clusters as values are not given.
     """
+    means = resampled_means(values, seed=seed, clusters=clusters, resamples=resamples)
+    return float(np.mean(np.asarray(values, dtype=np.float64))), percentile_interval(means, confidence)
+
+
+def resampled_means(
+    values: Sequence[float], *, seed: int, clusters: Sequence[Hashable] | None = None, resamples: int = 2000
+) -> np.ndarray:
+    """The bootstrap's means (R,) of which :func:`bootstrap_mean` takes the quantiles, for statistics of several means.
+
+    Raises:
+        ValueError: no values, or as many clusters as values are not given.
+    """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError("the mean of no values is not defined")
@@ -107,9 +119,14 @@ def bootstrap_mean(
     for start in range(0, resamples, rows):
         drawn = generator.integers(len(sums), size=(min(rows, resamples - start), len(sums)))
         means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    return means
+
+
+def percentile_interval(resampled: np.ndarray, confidence: float = 0.95) -> Interval:
+    """The interval that leaves the same share of resampled statistics out on both sides."""
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(array.mean()), (float(low), float(high))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return (float(low), float(high))
 
 
 def paired_win_rate(

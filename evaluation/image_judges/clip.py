@@ -16,8 +16,9 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from polyalign.core.errors import UserError
 from polyalign.core.optional import require
-from polyalign.evaluation.image_judges import files, pixels
-from polyalign.evaluation.image_judges.base import pretrained
+from polyalign.evaluation import weight_files as files
+from polyalign.evaluation.image_judges import pixels
+from polyalign.evaluation.network_judge import pretrained
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def embedding(output: Any) -> torch.Tensor:
 
 
 def read_model(folder: Path) -> CLIPModel:
-    """The CLIPModel of a folder, see :func:`~polyalign.evaluation.image_judges.base.pretrained`."""
+    """The CLIPModel of a folder, see :func:`~polyalign.evaluation.network_judge.pretrained`."""
     return pretrained(CLIPModel, folder)
 
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from polyalign.core.errors import UserError
-from polyalign.evaluation.image_judges import clip, files, pixels
-from polyalign.evaluation.image_judges.base import NetworkJudge, prompts_of
+from polyalign.evaluation import weight_files as files
+from polyalign.evaluation.image_judges import clip, pixels
 from polyalign.evaluation.image_judges.heads import LinearHead
+from polyalign.evaluation.network_judge import NetworkJudge, prompts_of
 
 FORMULAS = ("torchmetrics", "paper", "cosine")
 

@@ -1,7 +1,6 @@
-"""A judge behind an OpenAI-compatible endpoint: a vision-language model that is asked about pictures.
+"""A vision-language model behind an endpoint that is asked about pictures.
 
-Pictures travel inside the request as PNG in base64, so the endpoint needs no access to this machine. Redirects are refused, and
-answers are read as numbers only: whatever else an endpoint says is an error that quotes it.
+Pictures travel inside the request as PNG in base64, so the endpoint needs no access to this machine.
 """
 
 from __future__ import annotations
@@ -9,19 +8,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import itertools
-import json
-import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image
 
-from polyalign.core.errors import UserError
-from polyalign.core.randomness import seed_of
-from polyalign.evaluation.image_judges.chat import ChatEndpoint, Unusable
+from polyalign.evaluation.chat import Content
+from polyalign.evaluation.endpoint_judge import EndpointJudge, filled
 
 POINTWISE = (
     "The picture was made for this request:\n{prompt}\n\nHow well does it fit the request, and how well is it made? Answer "
@@ -31,178 +24,32 @@ PAIRWISE = (
     "Both pictures were made for this request:\n{prompt}\n\nWhich one fits the request better and is made better, the first or "
     'the second? Answer with 1, 2, or 0 if neither is better, and nothing else, in this form: {"better": 1}'
 )
-LOWEST, HIGHEST = 0.0, 10.0
-T = TypeVar("T")
-A = TypeVar("A")
-Question = tuple[str, Image.Image, Image.Image]
 
 
-class HttpJudge:
-    """Scores from a vision-language model.
+class HttpJudge(EndpointJudge[Image.Image]):
+    """Scores of pictures from a vision-language model; options, modes and errors are those of
+    :class:`~polyalign.evaluation.endpoint_judge.EndpointJudge`."""
 
-    ``pointwise``: each picture alone, the model's number from 0 to 10. ``pairwise``: every two pictures of a prompt that are
-    scored together, and a picture's score is the share of its comparisons that it won (a tie counts half), from 0 to 1. Which
-    of the two is shown first is drawn by ``seed``, the prompt and the pictures, because models favour a place; ``orders: both``
-    asks twice, in both orders, and takes the mean. Pairwise scores compare pictures of one prompt with each other and nothing
-    else, so they make pairs and do not evaluate: base and aligned are scored apart there.
+    name = "http"
+    one, many = "picture", "pictures"
+    pointwise, pairwise = POINTWISE, PAIRWISE
 
-    What the endpoint runs cannot be hashed from here: ``version`` names its host and model. It need not answer the same twice.
+    def places(self) -> Mapping[str, str]:
+        return {"{prompt}": "the prompt"}
 
-    Args:
-        url: of the API, such as ``http://127.0.0.1:8000/v1``; ``/chat/completions`` is added.
-        model: the endpoint's name of it.
-        mode: ``pointwise`` or ``pairwise``.
-        question: in place of the built-in one; ``{prompt}`` becomes the prompt. It must ask for the same form of answer.
-        key_variable: the environment variable that holds the API key; null sends none. Keys do not belong in recipes.
-        orders: of a pairwise question: ``shuffled`` or ``both``.
-        seed: of the order.
-        workers: questions asked at the same time.
-        request: further fields of the request, over ``temperature: 0``; null takes a field away.
-        options: ``retries``, ``backoff`` and ``timeout``, see :class:`ChatEndpoint`.
-        label: the name in scores and reports; null is ``http``.
+    def prompt(self, condition: Mapping[str, Any]) -> str:
+        return str(condition["prompt"])
 
-    Raises:
-        UserError: an option is none of the allowed, or the environment variable is not set.
-    """
+    def content(self, prompt: str, outputs: Sequence[Image.Image]) -> Content:
+        text = {"type": "text", "text": filled(self.question, {"{prompt}": prompt})}
+        return [text, *({"type": "image_url", "image_url": {"url": _inline(picture)}} for picture in outputs)]
 
-    def __init__(
-        self,
-        *,
-        url: str,
-        model: str,
-        mode: str = "pointwise",
-        question: str | None = None,
-        key_variable: str | None = None,
-        orders: str = "shuffled",
-        seed: int = 0,
-        workers: int = 4,
-        request: Mapping[str, Any] | None = None,
-        label: str | None = None,
-        **options: Any,
-    ):
-        for option, value, allowed in (("mode", mode, ("pointwise", "pairwise")), ("orders", orders, ("shuffled", "both"))):
-            if value not in allowed:
-                raise UserError(f"the judge 'http': {option} is {value!r}; allowed: {', '.join(allowed)}")
-        if not isinstance(workers, int) or workers < 1:
-            raise UserError(f"the judge 'http': workers is {workers!r}; a whole number from 1 is needed")
-        self.question = question or (POINTWISE if mode == "pointwise" else PAIRWISE)
-        if "{prompt}" not in self.question:
-            raise UserError(f"the judge 'http': question is {self.question!r}; it needs {{prompt}}, where the prompt goes")
-        self.name, self.mode, self.orders, self.seed, self.workers = label or "http", mode, orders, seed, workers
-        self.relative = mode == "pairwise"
-        """Whether scores compare outputs of one call with each other, and say nothing of another call's."""
-        self.endpoint = ChatEndpoint(self.name, url, model, key_variable, request or {}, **options)
-        asked = hashlib.sha256(self.question.encode()).hexdigest()[:8]
-        self.version = f"1 {model} at {self.endpoint.host}, {mode}, question {asked}"
-        if self.relative:
-            self.version += f", orders {orders}" + (f" {seed}" if orders == "shuffled" else "")
-
-    def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Image.Image]) -> list[float]:
-        """A score for each picture.
-
-        Raises:
-            UserError: the endpoint cannot be reached, or answers what is no answer, after all retries; in pairwise mode a
-                prompt with a single picture.
-        """
-        if len(conditions) != len(outputs):
-            raise ValueError(f"{len(outputs)} pictures for {len(conditions)} conditions")
-        prompts = [str(condition["prompt"]) for condition in conditions]
-        before = self.endpoint.failures.copy()
-        scores = self._pairwise(prompts, outputs) if self.relative else self._pointwise(prompts, outputs)
-        again = self.endpoint.failures - before
-        if again:
-            counted = ", ".join(f"{count} {kind}" for kind, count in sorted(again.items()))
-            logging.getLogger(__name__).warning("the judge '%s': questions asked again: %s", self.name, counted)
-        return scores
-
-    def _pointwise(self, prompts: Sequence[str], outputs: Sequence[Image.Image]) -> list[float]:
-        return self._all(lambda pair: self._ask(pair[0], [pair[1]], _score), list(zip(prompts, outputs, strict=True)))
-
-    def _pairwise(self, prompts: Sequence[str], outputs: Sequence[Image.Image]) -> list[float]:
-        of_prompt: dict[str, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            of_prompt.setdefault(prompt, []).append(index)
-        alone = [prompt for prompt, places in of_prompt.items() if len(places) < 2]
-        if alone:
-            raise UserError(
-                f"the judge '{self.name}' compares pictures of one prompt with each other, and {len(alone)} prompts have one "
-                f"picture, such as {alone[0]!r}. Take mode: pointwise there"
-            )
-        pairs = [pair for places in of_prompt.values() for pair in itertools.combinations(places, 2)]
-        shares = self._all(self._compare, [(prompts[left], outputs[left], outputs[right]) for left, right in pairs])
-        points, games = [0.0] * len(outputs), [0] * len(outputs)
-        for (left, right), share in zip(pairs, shares, strict=True):
-            points[left], points[right] = points[left] + share, points[right] + 1 - share
-            games[left], games[right] = games[left] + 1, games[right] + 1
-        return [won / played for won, played in zip(points, games, strict=True)]
-
-    def _compare(self, question: Question) -> float:
-        """The left picture's share of a comparison: 1 won, 0 lost, 1/2 tie. Equal pictures tie without being shown."""
-        prompt, left, right = question
-        marks = [_pixels(picture) for picture in (left, right)]
-        if marks[0] == marks[1]:
-            return 0.5
-        shares = []
-        if self.orders == "both" or not self.swapped(prompt, marks):
-            shares.append(self._ask(prompt, [left, right], _first_better))
-        if self.orders == "both" or self.swapped(prompt, marks):
-            shares.append(1 - self._ask(prompt, [right, left], _first_better))
-        return sum(shares) / len(shares)
-
-    def swapped(self, prompt: str, marks: Sequence[str]) -> bool:
-        """Whether the second of two pictures (by hashes of their pixels) is shown first; the same for either way round."""
-        draw = seed_of(self.seed, "order of a comparison", prompt, *sorted(marks)) % 2
-        return bool(draw) != (marks[0] > marks[1])
-
-    def _ask(self, prompt: str, pictures: Sequence[Image.Image], read: Callable[[str], float]) -> float:
-        text = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
-        shown = [{"type": "image_url", "image_url": {"url": _inline(picture)}} for picture in pictures]
-        return self.endpoint.ask([text, *shown], read)
-
-    def _all(self, ask: Callable[[T], A], questions: Sequence[T]) -> list[A]:
-        """Answers in the order of the questions; the first that fails ends those that have not begun."""
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            return list(pool.map(ask, questions))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def mark(self, output: Image.Image) -> str:
+        rgb = output.convert("RGB")
+        return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
 
 
 def _inline(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _pixels(picture: Image.Image) -> str:
-    rgb = picture.convert("RGB")
-    return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
-
-
-def _score(answer: str) -> float:
-    score = _number(answer, "score")
-    if not LOWEST <= score <= HIGHEST:
-        raise Unusable(f"a score from {LOWEST:g} to {HIGHEST:g} was asked for")
-    return score
-
-
-def _first_better(answer: str) -> float:
-    shares = {1.0: 1.0, 2.0: 0.0, 0.0: 0.5}
-    better = _number(answer, "better")
-    if better not in shares:
-        raise Unusable("1, 2 or 0 was asked for")
-    return shares[better]
-
-
-def _number(answer: str, key: str) -> float:
-    """The number under ``key`` of the last JSON object in an answer, or an answer that is only a number."""
-    for found in reversed(re.findall(r"\{[^{}]*\}", answer)):
-        try:
-            value = json.loads(found).get(key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return float(value)
-        except (ValueError, OverflowError):  # no JSON, or an integer that no float can hold
-            continue
-    if re.fullmatch(r"\s*\d{1,3}(\.\d{1,6})?\s*", answer):
-        return float(answer)
-    raise Unusable(f'{{"{key}": N}} was asked for')

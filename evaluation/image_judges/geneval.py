@@ -16,10 +16,11 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from polyalign.core.errors import UserError
 from polyalign.evaluation import geneval
+from polyalign.evaluation import weight_files as files
 from polyalign.evaluation.geneval import COLOURS, Detection
-from polyalign.evaluation.image_judges import files, pixels
-from polyalign.evaluation.image_judges.base import pretrained
+from polyalign.evaluation.image_judges import pixels
 from polyalign.evaluation.image_judges.clip_judges import FolderClipJudge
+from polyalign.evaluation.network_judge import pretrained
 
 RENAMED = {
     **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"},

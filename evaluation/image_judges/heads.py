@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from polyalign.core.errors import UserError
-from polyalign.evaluation.image_judges import files
+from polyalign.evaluation import weight_files as files
 
 PLACES = (0, 2, 4, 6, 7)
 """Of the linear layers; dropout is at 1, 3 and 5, and does nothing here."""

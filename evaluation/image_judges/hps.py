@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from polyalign.evaluation.image_judges import clip, files, pixels
-from polyalign.evaluation.image_judges.base import NetworkJudge, prompts_of
+from polyalign.evaluation import weight_files as files
+from polyalign.evaluation.image_judges import clip, pixels
 from polyalign.evaluation.image_judges.open_clip_layout import to_clip
+from polyalign.evaluation.network_judge import NetworkJudge, prompts_of
 
 
 class HPSv2Judge(NetworkJudge):

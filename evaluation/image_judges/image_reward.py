@@ -19,9 +19,10 @@ from torch import nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from polyalign.core.errors import UserError
-from polyalign.evaluation.image_judges import files, pixels
-from polyalign.evaluation.image_judges.base import NetworkJudge, prompts_of
+from polyalign.evaluation import weight_files as files
+from polyalign.evaluation.image_judges import pixels
 from polyalign.evaluation.image_judges.heads import LinearHead
+from polyalign.evaluation.network_judge import NetworkJudge, prompts_of
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Of the raw rewards on the paper's validation set; published with the weights."""

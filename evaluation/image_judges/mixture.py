@@ -57,7 +57,7 @@ class MixtureJudge:
         )
 
     def local_files(self) -> list[Path]:
-        """Of all parts, see :class:`~polyalign.evaluation.image_judges.base.NetworkJudge`."""
+        """Of all parts, see :class:`~polyalign.evaluation.network_judge.NetworkJudge`."""
         return [path for judge in self.judges for path in getattr(judge, "local_files", list)()]
 
     def score(self, conditions: Sequence[Any], outputs: Sequence[Any]) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from polyalign.core.errors import UserError
-from polyalign.evaluation.image_judges import files
+from polyalign.evaluation import weight_files as files
 
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}
 """Widths of an attention head in the picture towers ViT-H, ViT-g and ViT-bigG; in all other towers it is 64."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from polyalign.core.errors import UserError
-from polyalign.evaluation.image_judges import files
+from polyalign.evaluation import weight_files as files
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -124,7 +124,7 @@ def test_batches_and_padding_change_nothing(folder):
         assert judge("pickscore", model=str(folder), batch_size=size).score(asked, images) == pytest.approx(together, rel=1e-4)
     assert judge("pickscore", model=str(folder)).score(asked, images) == together
     assert judge("pickscore", model=str(folder)).score([], []) == []
-    with pytest.raises(ValueError, match="2 pictures for 1 conditions"):
+    with pytest.raises(ValueError, match="2 outputs for 1 conditions"):
         judge("pickscore", model=str(folder)).score(conditions(["a"]), images[:2])
 
 

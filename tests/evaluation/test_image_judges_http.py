@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,13 @@ from PIL import Image
 from polyalign.core.errors import UserError
 from polyalign.core.recipe import JudgeConfig
 from polyalign.evaluation import judges
-from polyalign.evaluation.image_judges.chat import ChatEndpoint
+from polyalign.evaluation.chat import ChatEndpoint
 from polyalign.evaluation.image_judges.endpoint import HttpJudge
 from polyalign.evaluation.paired import evaluate_paired
 
-Answer = tuple[int, dict[str, str], bytes]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-
-def completion(text: Any) -> Answer:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+from chat_server import Answer, Server, completion, serving  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def brightness(part: dict[str, Any]) -> float:
@@ -47,49 +45,11 @@ def by_brightness(body: dict[str, Any]) -> Answer:
     return completion(f"Let me see.\n```json\n{json.dumps({'better': 1 if lights[0] > lights[1] else 2})}\n```")
 
 
-class Server(ThreadingHTTPServer):
-    """Answers with ``answer(body)``; ``seen`` keeps what came in, as (path, headers, body)."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer: Callable[[dict[str, Any]], Answer] = by_brightness
-        self.seen: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
-            status, headers, content = self.server.answer(body)
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: the test's output is not a server's log."""
-
-
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(by_brightness) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def grey(*levels: int) -> list[Image.Image]:
@@ -232,20 +192,16 @@ def test_refusals_end_at_once_and_endless_answers_are_cut(server):
 
 
 def test_redirects_are_not_followed(server):
-    with Server() as elsewhere:
-        thread = threading.Thread(target=elsewhere.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(by_brightness) as elsewhere:
         for status in (301, 302, 303, 307, 308):
             server.answer = lambda body, status=status: (status, {"Location": f"{elsewhere.url}/chat/completions"}, b"")
             with pytest.raises(UserError, match="redirect|status 308"):
                 judge(server).score(asked("a"), grey(9))
-        elsewhere.shutdown()
-        thread.join()
     assert len(server.seen) == 5 and not elsewhere.seen
 
 
 def test_an_unreachable_endpoint_is_named():
-    with Server() as gone:
+    with Server(by_brightness) as gone:
         url = gone.url
     made = HttpJudge(url=url, model="looker-7b", retries=2, backoff=0)
     with pytest.raises(UserError, match=r"looker-7b at 127.0.0.1:\d+\): it could not be reached .* \(after 3 attempts\)"):
@@ -291,7 +247,7 @@ def test_waits_double_up_to_a_minute():
 
 
 def test_relative_scores_do_not_evaluate(server):
-    with pytest.raises(UserError, match="compares pictures of one prompt with each other.*pointwise"):
+    with pytest.raises(UserError, match="compares outputs of one prompt with each other.*pointwise"):
         evaluate_paired(grey(1, 2), grey(3, 4), asked("a", "a"), [0, 1], [judge(server, mode="pairwise")], seed=0)
     report = evaluate_paired(grey(1, 2), grey(30, 40), asked("a", "b"), [0, 1], [judge(server, label="looker")], seed=0)
     assert report["win_rate"]["wins"] == 2 and report["judge"]["name"] == "looker"

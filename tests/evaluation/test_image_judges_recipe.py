@@ -111,8 +111,8 @@ COMPARING = {"name": "http", "weight": -1, "options": {"url": "http://127.0.0.1:
     [
         ([{"name": "pickscore", "options": {"model": "/nowhere"}}], "there is no such file or folder"),
         ([{"name": "saturation"}, {"name": "saturation"}], "two judges of the evaluation are called"),
-        ([COMPARING], "compares pictures of one prompt"),
-        ([{"name": "mixture", "options": {"judges": [COMPARING]}}], "compares pictures of one prompt"),
+        ([COMPARING], "compares outputs of one prompt"),
+        ([{"name": "mixture", "options": {"judges": [COMPARING]}}], "compares outputs of one prompt"),
     ],
 )
 def test_a_wrong_judge_is_refused_before_anything_is_sampled(place, tmp_path, capsys, wrong, said):

@@ -28,6 +28,11 @@ NEEDED = {
     "laion_aesthetics": "head",
     "mixture": "judges",
     "http": "url",
+    "text_rules": "rules",
+    "reward_model": "model",
+    "implicit_reward_text": "policy",
+    "http_text": "url",
+    "bert_similarity": "model",
 }
 # Their versions are hashes of what they would fetch.
 PUBLISHED = ("clip_score", "pickscore", "hpsv2", "hpsv2.1", "imagereward", "geneval")

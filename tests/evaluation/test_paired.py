@@ -56,9 +56,10 @@ def test_the_block_is_the_contract():
         "task": "short",
         "base_score": 1.0,
         "aligned_score": 3.0,
-        "base_image": None,
-        "aligned_image": None,
+        "base_text": "a",
+        "aligned_text": "aaa",
     }
+    assert report["lengths"]["words"] == {"base": 1, "aligned": 1, "change": 0, "interval": [0, 0], "base_spread": 0}
     assert "artefacts" not in report
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 

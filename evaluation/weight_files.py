@@ -100,18 +100,20 @@ def local(where: str) -> list[Path]:
     return sorted(path for path in place.glob("*") if path.suffix in KINDS and path.is_file())
 
 
-def weight_files(where: Path) -> list[Path]:
-    """What transformers would read of a folder: its safetensors, else its pickles; of a file, the file.
+def weight_files(where: Path, *, safetensors: bool = False) -> list[Path]:
+    """What transformers would read of a folder: its safetensors, else its pickles (unless ``safetensors`` alone are taken); of
+    a file, the file.
 
     Raises:
         UserError: the folder has neither.
     """
     if where.is_file():
         return [where]
-    for patterns in (SAFE, PICKLED):
+    for patterns in (SAFE,) if safetensors else (SAFE, PICKLED):
         if found := sorted(path for pattern in patterns for path in where.glob(pattern)):
             return found
-    raise UserError(f"{where} has no weights: {SAFE[0]} or {PICKLED[0]} is expected there, beside config.json")
+    expected = SAFE[0] if safetensors else f"{SAFE[0]} or {PICKLED[0]}"
+    raise UserError(f"{where} has no weights: {expected} is expected there, beside config.json")
 
 
 def digest(paths: Sequence[Path]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,26 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from polyalign.core.errors import UserError
-from polyalign.evaluation.image_judges import files
+from polyalign.evaluation import weight_files as files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class NetworkJudge(ABC):
-    """A judge that scores pictures in batches with a network.
+    """A judge that scores outputs in batches with a network.
 
     Making one checks its options and reads nothing; the weights are found, hashed and read at the first score, or when
-    ``version`` is asked for. Same weights, pictures and batch size on the same machine give the same scores.
+    ``version`` is asked for. Same weights, outputs and batch size on the same machine give the same scores.
 
     Args:
-        batch_size: pictures a batch.
+        batch_size: outputs a batch.
         device: ``auto`` (the GPU if there is one) or a torch device.
-        dtype: of the weights; scores are always computed from float32 embeddings.
+        dtype: of the weights; what a score is computed from is brought to float32 first.
         label: the judge's name in scores and reports, to tell two of a kind apart; null is the kind's own.
 
     Raises:
@@ -65,11 +65,11 @@ class NetworkJudge(ABC):
         """Names and hashes of the weight files. They are found, or fetched from the hub, but not opened."""
 
     @abstractmethod
-    def score_batch(self, conditions: Sequence[Mapping[str, Any]], pictures: Sequence[Image.Image]) -> torch.Tensor:
+    def score_batch(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Any]) -> torch.Tensor:
         """(B,) scores of one batch."""
 
-    def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Image.Image]) -> list[float]:
-        """A score for each picture; ``conditions[i]["prompt"]`` is what picture i was made from."""
+    def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Any]) -> list[float]:
+        """A score for each output; ``conditions[i]["prompt"]`` is what output i was made from."""
         scores: list[float] = []
         for conditions_part, outputs_part in batches(conditions, outputs, self.batch_size):
             with torch.inference_mode():
@@ -78,15 +78,15 @@ class NetworkJudge(ABC):
 
 
 def batches(
-    conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Image.Image], size: int
-) -> Iterator[tuple[Sequence[Mapping[str, Any]], Sequence[Image.Image]]]:
+    conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Any], size: int
+) -> Iterator[tuple[Sequence[Mapping[str, Any]], Sequence[Any]]]:
     """Conditions and outputs, ``size`` at a time.
 
     Raises:
         ValueError: their numbers differ.
     """
     if len(conditions) != len(outputs):
-        raise ValueError(f"{len(outputs)} pictures for {len(conditions)} conditions")
+        raise ValueError(f"{len(outputs)} outputs for {len(conditions)} conditions")
     for start in range(0, len(outputs), size):
         yield conditions[start : start + size], outputs[start : start + size]
 
@@ -115,28 +115,38 @@ def device_of(judge: str, device: str) -> torch.device:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' progress bars and loading tables: what is missing is refused by the caller, with a message."""
+    """Without transformers' progress bars and loading tables: what is missing is refused by the caller, with a message; and
+    without its warning that peft asks for an attribute by its old name."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
 
 
-def pretrained(kind: Any, folder: Path) -> Any:
+def pretrained(kind: Any, folder: Path, *, safetensors: bool = False, **options: Any) -> Any:
     """The model of a folder in transformers' layout, of the class ``kind``, in float32.
+
+    Args:
+        safetensors: take weights from safetensors alone.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
         UserError: unreadable, or weights are missing, which transformers would fill with noise.
     """
-    files.weight_files(folder)  # says so if there are none
+    files.weight_files(folder, safetensors=safetensors)  # says so if there are none
+    if safetensors:
+        options["use_safetensors"] = True
+    options |= {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
         with quietly():
-            model, info = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+            model, info = kind.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"the {kind.__name__} in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))

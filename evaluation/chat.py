@@ -12,11 +12,15 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from polyalign.core.errors import UserError
+from polyalign.evaluation.kept_answers import KeptAnswers
 
+Content = str | Sequence[Mapping[str, Any]]
+"""Of a message: text, or parts such as text and pictures."""
 LONGEST_ANSWER = 1 << 20
 LONGEST_WAIT = 60.0
 """Bytes read of an answer; seconds between two attempts."""
@@ -50,6 +54,7 @@ class ChatEndpoint:
         backoff: seconds before the second attempt; doubled before each further one, up to a minute. A Retry-After of the
             endpoint counts where it is longer.
         timeout: seconds to wait for the connection and for each piece of an answer.
+        answers: a ``.jsonl`` file that keeps every usable answer, so that no question is paid for twice; null keeps none.
 
     Raises:
         UserError: an option is none of the allowed, or the environment variable is not set.
@@ -66,6 +71,7 @@ class ChatEndpoint:
         retries: int = 4,
         backoff: float = 1.0,
         timeout: float = 120.0,
+        answers: str | None = None,
     ):
         parts = urlsplit(str(url))
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
@@ -85,12 +91,13 @@ class ChatEndpoint:
         self.address = f"{str(url).rstrip('/')}/chat/completions"
         self.retries, self.backoff, self.timeout = int(retries), float(backoff), float(timeout)
         self.key_variable, self.request = key_variable, dict(request)
+        self.kept = None if answers is None else KeptAnswers(answers)
         self.failures: Counter[str] = Counter()
         """Attempts that failed, by kind, whether or not a later one succeeded."""
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._lock = threading.Lock()
 
-    def ask(self, content: Sequence[Mapping[str, Any]], read: Callable[[str], float]) -> float:
+    def ask(self, content: Content, read: Callable[[str], float]) -> float:
         """One question, as the content of a user's message, and what ``read`` makes of the answer.
 
         Raises:
@@ -98,6 +105,19 @@ class ChatEndpoint:
         """
         fields = {"temperature": 0, **self.request, "model": self.model, "messages": [{"role": "user", "content": content}]}
         body = json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
+        if self.kept is None:
+            return self._asked(body, read)[0]
+        key = self.kept.key(self.address, body)
+        known = self.kept.get(key)
+        if known is not None:
+            with suppress(Unusable):  # a file that somebody edited: the question is asked again
+                return read(known)
+        value, answer = self._asked(body, read)
+        self.kept.put(key, answer)
+        return value
+
+    def _asked(self, body: bytes, read: Callable[[str], float]) -> tuple[float, str]:
+        """What ``read`` makes of the first usable answer, and the answer."""
         said, pause = "", 0.0
         for attempt in range(self.retries + 1):
             if attempt:
@@ -107,7 +127,7 @@ class ChatEndpoint:
                 answer = self._post(body)
                 kind = "unusable answer"
                 answer = _message(answer)
-                return read(answer)
+                return read(answer), answer
             except _Refused as error:
                 self._count("refused")
                 raise self._failed(str(error)) from error
