@@ -77,6 +77,11 @@ def _explain_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", default="image", help="whose recipe the key belongs to (default: image)")
 
 
+def _diagnose_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the folder of a run, finished or not")
+    parser.add_argument("--json", action="store_true", help="print what diagnosis.json holds")
+
+
 def _doctor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
@@ -125,6 +130,15 @@ VERBS = {
             "polyalign report runs/first",
             "one_stage",
             _recipe_options,
+        ),
+        Verb(
+            "diagnose",
+            "what went wrong in a run, and how to mend it: numbers, rule, cure",
+            "Reads a run folder, also of a run that is still going: metrics.jsonl, pairs/, evaluation.json, config.yaml.\n"
+            "Writes diagnosis.json into it. Every rule is printed; where a number is missing it says so and does not guess.",
+            "polyalign diagnose runs/first",
+            "diagnose",
+            _diagnose_options,
         ),
         Verb(
             "explain",

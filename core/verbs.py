@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -25,11 +26,14 @@ from polyalign.core.config_source import Draft, Place, shown
 from polyalign.core.errors import UserError
 from polyalign.core.run import RunFolder, Stage
 
-MODALITIES = {"image": "polyalign.modalities.image.stages"}
+MODALITIES = {"image": "polyalign.modalities.image.stages", "text": "polyalign.modalities.text.stages"}
 """The modalities that come with polyalign: name -> module, imported when a recipe asks for it."""
 
 ENTRY_POINTS = "polyalign.modalities"
 """Entry-point group by which other packages add modalities."""
+
+DIAGNOSIS = "polyalign.evaluation.diagnose"
+"""What the verb ``diagnose`` asks; it knows no modality, and is imported when the verb is called."""
 
 ALWAYS = ("report",)
 """Verbs without a stage of their own: cheap, and made each time of whatever the run folder holds."""
@@ -222,6 +226,14 @@ def explain(_verb: str, options: argparse.Namespace) -> int:
     from polyalign.core.explain import explanation
 
     print(explanation(options.topic, lambda: modality_module(options.modality).SCHEMA))
+    return 0
+
+
+def diagnose(_verb: str, options: argparse.Namespace) -> int:
+    """See ``evaluation/diagnose``."""
+    found = importlib.import_module(DIAGNOSIS)
+    diagnosis = found.write_diagnosis(Path(options.run).expanduser())
+    print(json.dumps(diagnosis.as_json(), indent=2, ensure_ascii=False) if options.json else found.as_text(diagnosis))
     return 0
 
 

@@ -1,0 +1,186 @@
+"""Rules about the pairs: what no setting of the training mends."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from polyalign.evaluation.diagnose.evidence import Evidence
+from polyalign.evaluation.diagnose.findings import LIMITS, Finding, unknown
+from polyalign.evaluation.report.verdict import describe
+
+NO_PAIRS = "no pairs were found in the run folder"
+
+
+def identical_pairs(evidence: Evidence) -> Finding:
+    cause, state = "identical pairs", "no signal"
+    rule = (
+        f"in {LIMITS.identical_share:.0%} of the pairs or more the two sides have the same content: their margin is zero "
+        "whatever the policy does, and they teach nothing"
+    )
+    pairs = evidence.pairs
+    if pairs is None:
+        return unknown(cause, state, rule, NO_PAIRS)
+    share = pairs.identical / pairs.pairs
+    return Finding(
+        cause,
+        state,
+        share >= LIMITS.identical_share,
+        rule,
+        f"{pairs.identical} of {pairs.pairs} pairs ({share:.0%}) are identical{_ties(evidence)}",
+        "Look for the step that wrote one output twice (a column read for both sides, a sampler with one seed, temperature 0). "
+        "Then make the pairs anew.",
+    )
+
+
+def _ties(evidence: Evidence) -> str:
+    ties = evidence.end("margins/ties")
+    return "" if ties is None else f"; at the end of training {ties:.0%} of the margins are exactly zero"
+
+
+def flipped_labels(evidence: Evidence) -> Finding:
+    cause, state = "flipped labels", "noisy or flipped labels"
+    rule = (
+        f"the pairs' own judge gave the rejected side more than the chosen one in {LIMITS.reversed_scores:.0%} of the decided "
+        f"pairs or more (past {LIMITS.flipped_scores:.0%} the labels are flipped, below it they are noisy)"
+    )
+    pairs = evidence.pairs
+    if pairs is None:
+        return unknown(cause, state, rule, NO_PAIRS)
+    scores = pairs.scores
+    if scores.differing < LIMITS.least_pairs:
+        return unknown(cause, state, rule, f"only {scores.differing} of {pairs.pairs} pairs have two scores that differ")
+    share = scores.rejected / scores.differing
+    return Finding(
+        "noisy labels" if LIMITS.reversed_scores <= share < LIMITS.flipped_scores else cause,
+        state,
+        share >= LIMITS.reversed_scores,
+        rule,
+        f"{scores.rejected} of {scores.differing} pairs ({share:.0%}) go against their own scores",
+        "Check the sign of the judge's weight and which column is the chosen one; exchange the sides. If only some are wrong, "
+        "have them judged again and drop those that stay reversed, or use cdpo or robust with label_smoothing near that share.",
+    )
+
+
+def failures_only(evidence: Evidence) -> Finding:
+    cause, state = "pairs from failures only", "pairs drawn only from failures"
+    rule = (
+        f"the base wrote the rejected sides and another author the chosen ones ({LIMITS.other_author:.0%} each), the base's "
+        f"own samples come up to the chosen side on at most {LIMITS.failure_reached:.0%} of the pairs' prompts, and do so on "
+        f"{LIMITS.failure_elsewhere:.0%} or more of all prompts that were sampled: what failures have in common is then "
+        "learnt in the place of the skill, and what the base could do is lost"
+    )
+    pairs = evidence.pairs
+    if pairs is None:
+        return unknown(cause, state, rule, NO_PAIRS)
+    if pairs.sampled_chosen > (1 - LIMITS.other_author) * pairs.pairs:
+        found = f"the base itself wrote the chosen side of {pairs.sampled_chosen} of {pairs.pairs} pairs"
+        return Finding(cause, state, False, rule, found, "")
+    if pairs.sampled_rejected < LIMITS.other_author * pairs.pairs:
+        found = f"the base wrote the rejected side of {pairs.sampled_rejected} of {pairs.pairs} pairs only"
+        return Finding(cause, state, False, rule, found, "")
+    if not pairs.compared or not pairs.best_of_prompts:
+        return unknown(cause, state, rule, "the scores of all samples (pairs/samples-*.parquet), by prompt, are not there")
+    reached = pairs.reached / pairs.compared
+    good = float(np.median(pairs.chosen_scores))
+    elsewhere = float(np.mean([best >= good for best in pairs.best_of_prompts]))
+    return Finding(
+        cause,
+        state,
+        reached <= LIMITS.failure_reached and elsewhere >= LIMITS.failure_elsewhere,
+        rule,
+        f"the base came up to the chosen side on {reached:.0%} of {pairs.compared} pairs' prompts, and on {elsewhere:.0%} of "
+        f"all {len(pairs.best_of_prompts)} prompts{_soared(evidence)}",
+        "Add pairs of prompts that the base gets right (its right answer against another wrong one), best as many as of its "
+        "failures, and judge by held-out skill: the reward margin cannot show this.",
+    )
+
+
+def _soared(evidence: Evidence) -> str:
+    margin, accuracy = evidence.end("rewards/margins"), evidence.end("rewards/accuracies")
+    curves = "" if margin is None or accuracy is None else f"; the margin ends at {margin:.2f} with accuracy {accuracy:.2f}"
+    rate = (evidence.report.evaluation or {}).get("win_rate")
+    return curves + (f", while the judge counts {describe(rate)}" if rate else ", and no evaluation tells what became of it")
+
+
+def off_policy(evidence: Evidence) -> Finding:
+    cause, state = "off-policy rejected answers", "off-policy rejected answers"
+    rule = (
+        f"the rejected sides are out of the base's reach: less likely under the reference than the chosen ones by "
+        f"{LIMITS.off_policy_nats:g} nat a token or more, or with {LIMITS.off_policy_error:g} times their error, and the base "
+        "did not write them. Lowering what the base would never do costs the model and changes nothing that it does"
+    )
+    gap = _reference_gap(evidence)
+    if gap is None:
+        return unknown(cause, state, rule, "the reference's values of both sides were not logged")
+    far, found = gap
+    pairs = evidence.pairs
+    if pairs is not None:
+        found += f"; the base wrote {pairs.sampled_rejected} of {pairs.pairs} rejected sides"
+    own = pairs is not None and pairs.sampled_rejected >= pairs.pairs / 2
+    return Finding(
+        cause,
+        state,
+        far and not own,
+        rule,
+        found,
+        "Take rejected sides from the base's own samples (polyalign generate), or drop those that the reference gives far less "
+        "than the chosen ones; an objective that weighs pairs by the policy's confidence (wpo) helps less.",
+    )
+
+
+def _reference_gap(evidence: Evidence) -> tuple[bool, str] | None:
+    """Whether the reference keeps the two sides that far apart, and the numbers: means over the whole training, during which
+    the reference stands still."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return None
+    for prefix, tokens in (("logps_per_token/reference", True), ("error/reference", False)):
+        if metrics.has(f"{prefix}_chosen", f"{prefix}_rejected"):
+            chosen, rejected = (float(metrics.series(f"{prefix}_{side}")[1].mean()) for side in ("chosen", "rejected"))
+            if tokens:
+                found = f"the reference gives {chosen:.2f} nats a token to chosen and {rejected:.2f} to rejected sides"
+                return chosen - rejected >= LIMITS.off_policy_nats, found
+            ratio = rejected / chosen if chosen > 0 else math.inf
+            found = f"the reference's error is {chosen:.3g} on chosen and {rejected:.3g} on rejected sides, {ratio:.2f} times"
+            return ratio >= LIMITS.off_policy_error, found
+    return None
+
+
+def size_bias(evidence: Evidence) -> Finding:
+    cause, state = "size bias", "length or size bias"
+    rule = (
+        f"size alone (characters of a text, bytes and pixels of a file) puts {LIMITS.size_share:.0%} of the pairs or more in "
+        "the right order, so that a policy which learns nothing else looks as if it had learnt the preference"
+    )
+    pairs = evidence.pairs
+    if pairs is None:
+        return unknown(cause, state, rule, NO_PAIRS)
+    asked = {name: tally for name, tally in pairs.sizes.items() if tally.differing >= LIMITS.least_pairs}
+    if not asked:
+        return unknown(cause, state, rule, f"fewer than {LIMITS.least_pairs} pairs have sides of different size")
+    name, tally = max(asked.items(), key=lambda item: abs(item[1].share - 0.5))
+    larger = tally.share >= 0.5
+    share = tally.share if larger else 1 - tally.share
+    lengths = _lengths(evidence)
+    return Finding(
+        "length bias" if name == "characters" else cause,
+        state,
+        share >= LIMITS.size_share and 2 * tally.differing >= pairs.pairs,
+        rule,
+        f"the chosen side is the {'larger' if larger else 'smaller'} one in {share:.0%} of the {tally.differing} pairs whose "
+        f"{name} differ{lengths}",
+        "Pair sides of like size (drop the others, or balance how often the larger one wins), or take an objective that counts "
+        "length out (ld_dpo, sigmoid_norm, simpo for texts); check with a judge that does not see size.",
+    )
+
+
+def _lengths(evidence: Evidence) -> str:
+    words = ((evidence.report.evaluation or {}).get("lengths") or {}).get("words")
+    if words is None:
+        return ""
+    return f"; outputs of the base have {words['base']:.1f} words, of the aligned model {words['aligned']:.1f}"
+
+
+PAIR_RULES = (identical_pairs, flipped_labels, failures_only, off_policy, size_bias)
