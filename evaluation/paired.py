@@ -50,7 +50,9 @@ def evaluate_paired(
         The content of evaluation.json. Beyond the plain blocks: ``artefacts`` (:func:`compare_statistics`), in each arm its
         ``scores`` and ``aligned_over_this``, ``parts`` of every judge (:func:`polyalign.evaluation.judges.parts`), and
         ``judge.broken_below`` and ``judge.right_from`` where the judge has those attributes; for pictures of which some share a
-        prompt, ``diversity`` (:func:`~polyalign.evaluation.diversity.compare_diversity` of thumbnails).
+        prompt, ``diversity`` (:func:`~polyalign.evaluation.diversity.compare_diversity` of thumbnails). Items of texts have
+        ``base_text`` and ``aligned_text`` in the place of ``base_image`` and ``aligned_image``, and ``lengths`` compares their
+        numbers of words as ``artefacts`` does, without an alarm.
 
     Raises:
         UserError: nothing to compare, lengths that differ, two judges of one name, a judge that only compares outputs of one
@@ -71,19 +73,22 @@ def evaluate_paired(
         "scores": {"base": table.mean(base), "aligned": table.mean(aligned)},
         "tasks": by_task(conditions, base, aligned),
         "other_judges": {},
-        "items": _items(conditions, seeds, base, aligned, base_images, aligned_images),
+        "items": _items(conditions, seeds, base, aligned, _shown(base_outputs, aligned_outputs, base_images, aligned_images)),
         "arms": {name: table.arm(name, checked_scores(first, conditions, arms[name]), base, aligned) for name in arms},
     }
     for judge in others:
         scores = checked_scores(judge, conditions, base_outputs), checked_scores(judge, conditions, aligned_outputs)
         rate = replace(table, tie_margin=0.0).win_rate(*scores, judge.name)
         report["other_judges"][judge.name] = {**rate, "parts": parts(judge), "version": judge.version}
-    pictures = all(isinstance(output, Image.Image) for output in [*base_outputs, *aligned_outputs])
+    pictures = _are(Image.Image, base_outputs, aligned_outputs)
     if artefacts is None:
         artefacts = IMAGE_STATISTICS if pictures else {}
     if pictures and len(set(table.prompts)) < len(table.prompts):
         small = thumbnails(base_outputs), thumbnails(aligned_outputs)
         report["diversity"] = compare_diversity(*small, table.prompts, metric="rms", seed=seed)
+    if _are(str, base_outputs, aligned_outputs):
+        words = {"words": words_of}
+        report["lengths"] = compare_statistics(words, base_outputs, aligned_outputs, prompts=table.prompts, seed=seed)
     if artefacts:
         report["artefacts"] = compare_statistics(artefacts, base_outputs, aligned_outputs, prompts=table.prompts, seed=seed)
     return report
@@ -176,13 +181,32 @@ def _identity(judge: Judge) -> dict[str, Any]:
     return identity
 
 
+def _shown(
+    base: Sequence[Any], aligned: Sequence[Any], base_images: Sequence[str] | None, aligned_images: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """What the report shows of each two outputs: texts themselves, of others the paths of their pictures."""
+    if _are(str, base, aligned):
+        return [{"base_text": one, "aligned_text": other} for one, other in zip(base, aligned, strict=True)]
+    none = [None] * len(base)
+    paths = zip(base_images or none, aligned_images or none, strict=True)
+    return [{"base_image": one, "aligned_image": other} for one, other in paths]
+
+
+def _are(kind: type, *columns: Sequence[Any]) -> bool:
+    return all(isinstance(output, kind) for column in columns for output in column)
+
+
+def words_of(text: str) -> float:
+    """How many words an answer has: what judges and objectives most often prefer without being asked to."""
+    return float(len(text.split()))
+
+
 def _items(
     conditions: Sequence[Mapping[str, Any]],
     seeds: Sequence[int],
     base: Sequence[float],
     aligned: Sequence[float],
-    base_images: Sequence[str] | None,
-    aligned_images: Sequence[str] | None,
+    shown: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -191,8 +215,7 @@ def _items(
             "task": condition.get("task"),
             "base_score": base[index],
             "aligned_score": aligned[index],
-            "base_image": base_images[index] if base_images else None,
-            "aligned_image": aligned_images[index] if aligned_images else None,
+            **shown[index],
         }
         for index, condition in enumerate(conditions)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class PairExample:
-    """One training pair as it lies in the store; pictures as the encoded bytes."""
+    """One training pair as it lies in the store; pictures as the encoded bytes, texts as text."""
 
     prompt: str
-    chosen: bytes
-    rejected: bytes
+    chosen: bytes | str
+    rejected: bytes | str
     chosen_score: float | None
     rejected_score: float | None
 
@@ -96,12 +96,22 @@ class ReportData:
     recipe: RecipeDifference | None
     files: Mapping[str, str]
     missing: Sequence[str]
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    """What was left out of the pairs before training, by reason (``left_out.json``)."""
 
     @property
     def title(self) -> str:
         settings = self.config.get("report")
         title = settings.get("title") if isinstance(settings, Mapping) else None
         return str(title or self.folder.resolve().name)
+
+    @property
+    def outputs(self) -> str:
+        """What the models make: "picture", or "text" where the recipe, the evaluation or the pairs say so."""
+        items = (self.evaluation or {}).get("items") or [{}]
+        shown = [example.chosen for example in self.pair_examples[:1]]
+        texts = "base_text" in items[0] or any(isinstance(one, str) for one in shown)
+        return "text" if texts or self.config.get("modality") == "text" else "picture"
 
     @property
     def grid(self) -> int | None:
@@ -148,6 +158,7 @@ def collect(folder: Path) -> ReportData:
         recipe=compare_with_recipe(folder, config, environment) if config else None,
         files=hash_files(folder),
         missing=missing,
+        left_out=_mapping(folder / "left_out.json", [], ""),
     )
 
 
@@ -225,18 +236,23 @@ def _by_column(rows: Sequence[Mapping[str, Any]]) -> Metrics:
 
 
 def _pair_example(row: Mapping[str, Any]) -> PairExample | None:
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not (isinstance(chosen, Mapping) and isinstance(rejected, Mapping) and chosen.get("bytes") and rejected.get("bytes")):
+    chosen, rejected = (_content(row.get(side)) for side in ("chosen", "rejected"))
+    if not chosen or not rejected:
         return None
     condition = row.get("condition")
     prompt = condition.get("prompt", "") if isinstance(condition, Mapping) else ""
     return PairExample(
         prompt=str(prompt),
-        chosen=chosen["bytes"],
-        rejected=rejected["bytes"],
+        chosen=chosen,
+        rejected=rejected,
         chosen_score=_first_score(row.get("chosen_scores")),
         rejected_score=_first_score(row.get("rejected_scores")),
     )
+
+
+def _content(stored: Any) -> bytes | str | None:
+    """An output as the store has it: a text, or the bytes of a file."""
+    return stored.get("bytes") if isinstance(stored, Mapping) else stored if isinstance(stored, str) else None
 
 
 def _first_score(scores: Any) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from polyalign.core.randomness import seed_of
 from polyalign.evaluation.diversity import THUMBNAIL
-from polyalign.evaluation.report import charts, pictures
+from polyalign.evaluation.report import answers, charts, pictures
 from polyalign.evaluation.report.collect import ReportData
 from polyalign.evaluation.report.markup import foreign, note, number, signed, table, text
 from polyalign.evaluation.report.verdict import (
@@ -92,8 +92,9 @@ def win_rates(evaluation: Mapping[str, Any]) -> str:
         f"With ties counted as half a win: {rate['rate_with_ties']:.3f}, bootstrap interval {low:.3f} to {high:.3f} "
         f"(over {text(evaluation.get('prompts', '?'))} prompts)."
     )
+    made = "answered" if answers.are_texts(evaluation.get("items") or []) else "drew"
     return (
-        "<p>Both models drew the same prompts with the same seeds. A dot is the share of decided comparisons that were won, "
+        f"<p>Both models {made} the same prompts with the same seeds. A dot is the share of decided comparisons that were won, "
         "its bar the 95 % Wilson interval; a bar that stays right of the line at 0.5 is a win beyond chance.</p>"
         f'<div class="wins">{"".join(rows)}{scale}</div>{_split_bar(rate)}{note(with_ties)}{arms(evaluation)}'
     )
@@ -168,8 +169,11 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
         if len(items) == total
         else (f"{len(items)} of {total} comparisons: the biggest gains, the worst regressions and a fixed choice of the rest")
     )
+    texts = answers.are_texts(items)
     said = [f"{which}. Left the base, right the aligned model; below, the judge's score of each."]
-    if not embedded:
+    if texts:
+        said.append("Words that the other answer does not have are marked; all answers lie in samples/outputs.jsonl.")
+    elif not embedded:
         said.append("The recipe asks for no pictures in this file (report.embed_images); they lie in samples/.")
     if shown.left_out:
         said.append(f"{shown.left_out} pictures are left out to keep this file small.")
@@ -186,7 +190,7 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
     cards = "".join(card(item, shown, place) for place, item in enumerate(items))
     many = len(items) > FIRST_SHOWN
     more = f'<p class="more"><button type="button" id="more">Show all {len(items)}</button></p>' if many else ""
-    kind = "cards short" if many else "cards"
+    kind = f"cards{' texts' if texts else ''}{' short' if many else ''}"
     return (
         f'<p>{" ".join(said)}</p>{controls}<ul class="{kind}" id="cards">{cards}</ul>{more}'
         '<p id="sorted" class="unseen" role="status"></p>'
@@ -194,21 +198,32 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
 
 
 def card(item: Item, shown: pictures.Album, place: int) -> str:
-    """One comparison: two pictures, the prompt, the scores, the gain."""
+    """One comparison: two pictures or two texts, the prompt, the scores, the gain."""
     change = gain(item)
     kind, word = ("good", "better") if change > 0 else ("bad", "worse") if change < 0 else ("tie", "same")
     task = f'<span class="task">{foreign(str(item["task"]).replace("_", " "), 40)}</span>' if item.get("task") else ""
+    texts = answers.are_texts([item])
+    outputs = _answers(item) if texts else [_picture(item, side, shown) for side in ("base", "aligned")]
     sides = "".join(
-        f"<figure>{_picture(item, side, shown)}<figcaption>{side} <b>{number(item[f'{side}_score'])}</b></figcaption></figure>"
-        for side in ("base", "aligned")
+        f"<figure>{output}<figcaption>{side} <b>{number(item[f'{side}_score'])}</b></figcaption></figure>"
+        for side, output in zip(("base", "aligned"), outputs, strict=True)
+    )
+    both = f'<div class="sides">{sides}</div>'
+    asked = (
+        answers.block(answers.plain(item["prompt"]), "asked") if texts else f'<p class="prompt">{foreign(item["prompt"])}</p>'
     )
     shown_gain = signed(change) if change else "0"
     return (
         f'<li class="card {kind}" data-gain="{change:.6g}" data-prompt="{text(item["prompt"])}" data-place="{place}">'
-        f'<div class="sides">{sides}</div><p class="prompt">{foreign(item["prompt"])}</p>'
+        f"{asked + both if texts else both + asked}"
         f'<p class="foot"><span class="badge {kind}"><span class="unseen">{word}, </span>{shown_gain}</span>{task}'
         f'<span class="seed">seed {text(item["seed"], 24)}</span></p></li>'
     )
+
+
+def _answers(item: Item) -> list[str]:
+    """The two texts, with what differs marked."""
+    return [answers.block(content) for content in answers.marked(str(item["base_text"]), str(item["aligned_text"]))]
 
 
 def _picture(item: Item, side: str, shown: pictures.Album) -> str:
@@ -231,7 +246,8 @@ def worst(evaluation: Mapping[str, Any], shown: pictures.Album) -> str:
     count = sum(gain(item) < 0 for item in evaluation["items"])
     cards = "".join(card(item, shown, place) for place, item in enumerate(lost))
     which = f"The {len(lost)} worst of {count} comparisons" if count > len(lost) else f"Every comparison ({count})"
-    return f'<p>{which} that the aligned model lost.</p><ul class="cards">{cards}</ul>'
+    kind = "cards texts" if answers.are_texts(lost) else "cards"
+    return f'<p>{which} that the aligned model lost.</p><ul class="{kind}">{cards}</ul>'
 
 
 def tasks(evaluation: Mapping[str, Any]) -> str:
@@ -270,7 +286,8 @@ def scores_and_alarms(data: ReportData) -> str:
             f"<p>Outputs that the judge calls broken: {base} of {total} before, {aligned} after "
             f"({became} became broken, {mended} were mended).</p>"
         )
-    parts.append(_statistics(evaluation.get("artefacts") or {}))
+    parts.append(_lengths(evaluation["lengths"]) if data.outputs == "text" and evaluation.get("lengths") else "")
+    parts.append(_statistics(evaluation.get("artefacts") or {}) if data.outputs == "picture" else "")
     parts.append(diversity(evaluation.get("diversity") or {}))
     return "".join(parts)
 
@@ -294,6 +311,20 @@ def diversity(block: Mapping[str, Any]) -> str:
         f"{signed(block['change'])}, 95 % interval {signed(low)} to {signed(high)}, over {text(block['prompts'])} prompts. "
         f"<b>{title}:</b> {says}.</p>" + note(f"{DISTANCES[block['metric']]} over every two outputs of a prompt.")
     )
+
+
+def _lengths(blocks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether answers became longer, which judges like without being asked and objectives teach without being told."""
+    rows = []
+    for name, block in blocks.items():
+        low, high = block["interval"]
+        rows.append(
+            [foreign(name, 60), f"{block['base']:.1f}", f"{block['aligned']:.1f}", f"{block['change']:+.1f}"]
+            + [f"{low:+.1f} to {high:+.1f}"]
+        )
+    head = ["length", "base", "aligned", "change", "95 % interval"]
+    words = "Where answers grew, part of a win may be length alone: judges like long answers, and DPO's sums reward them."
+    return f"<p>{words}</p>{table(head, rows, numeric=(1, 2, 3, 4))}"
 
 
 def _statistics(blocks: Mapping[str, Mapping[str, Any]]) -> str:

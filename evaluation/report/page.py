@@ -98,9 +98,11 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
             ("wins", "Win rates", note("The run has no evaluation: no win rate, no before and after, no regressions."))
         )
     absent = note("The run has no metrics.jsonl: no curves.")
+    by_timestep = ("timesteps", "Margins by timestep", training.timesteps(metrics) if metrics else absent)
+    timesteps = [] if data.outputs == "text" else [by_timestep]  # tokens have none
     parts += [
         ("curves", "Training", training.curves(metrics, data.config.get("objective")) if metrics else absent),
-        ("timesteps", "Margins by timestep", training.timesteps(metrics) if metrics else absent),
+        *timesteps,
         ("data", "Data card", training.data_card(data)),
         ("recipe", "Changed from the recipe", training.recipe(data)),
         ("cost", "Time and memory", training.cost(data.stages)),

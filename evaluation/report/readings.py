@@ -27,9 +27,15 @@ MANY_TIES = 0.5
 HIGH_ACCURACY = 0.97
 
 
+Measure = Literal["error", "log-probability"]
+"""What says how likely an output is: the error of a denoising model (higher is worse), or the log-probability of a text's
+tokens (higher is better)."""
+
+
 @dataclass(frozen=True)
 class Change:
-    """Policy error relative to the reference's, (policy - reference) / reference, over the last fifth of training.
+    """How far the policy is from the reference over the last fifth of training: (policy - reference) / reference in per cent
+    for errors, policy - reference in nats for log-probabilities, which are sums over an answer's tokens.
 
     The standard error is infinite where there are too few values to have one.
     """
@@ -46,12 +52,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Displacement:
-    """How the two sides' errors moved, and what that means."""
+    """How the two sides moved, and what that means."""
 
     chosen: Change
     rejected: Change
     title: str
     text: str
+    measure: Measure = "error"
 
 
 _READINGS: dict[tuple[Movement, Movement], tuple[str, str]] = {
@@ -111,6 +118,36 @@ _WRONG_WAY: dict[Movement, tuple[str, str]] = {
 """Both moved alike, and the margin with them below zero."""
 
 
+_OF_TOKENS = {
+    "both errors rose: displacement": "both log-probabilities fell: displacement",
+    "both errors fell": "both log-probabilities rose",
+    "both errors rose, the chosen one more": "both log-probabilities fell, the chosen one more",
+    "both errors fell, the rejected one more": "both log-probabilities rose, the rejected one more",
+}
+"""The titles above that name the measure, in the words of log-probabilities."""
+
+_AS_ERROR: dict[Movement, Movement] = {"rose": "fell", "fell": "rose", "stayed": "stayed"}
+"""What a log-probability's movement would be as an error's."""
+
+
+def measure_of(metrics: Metrics) -> Measure | None:
+    """What was logged of both models; None if nothing."""
+    if metrics.has("logps/policy_chosen", "logps/reference_chosen"):
+        return "log-probability"
+    return "error" if metrics.has("error/policy_chosen", "error/reference_chosen") else None
+
+
+def moved(metrics: Metrics, side: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and how far ``chosen`` or ``rejected`` is from the reference, as :class:`Change` says it; None if not logged."""
+    if measure_of(metrics) == "error":
+        return relative_error(metrics, side)
+    policy, reference = metrics.columns.get(f"logps/policy_{side}"), metrics.columns.get(f"logps/reference_{side}")
+    if policy is None or reference is None:
+        return None
+    kept = np.isfinite(policy) & np.isfinite(reference)
+    return (metrics.steps[kept], policy[kept] - reference[kept]) if kept.any() else None
+
+
 def relative_error(metrics: Metrics, side: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps and (policy - reference) / reference in per cent for ``chosen`` or ``rejected``; None if not logged."""
     policy_name, reference_name = f"error/policy_{side}", f"error/reference_{side}"
@@ -124,20 +161,28 @@ def relative_error(metrics: Metrics, side: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def displacement(metrics: Metrics | None) -> Displacement | None:
-    """Read the two errors; None where they were not logged."""
+    """Read the two sides; None where they were not logged."""
     chosen, rejected = (_change(metrics, "chosen"), _change(metrics, "rejected")) if metrics else (None, None)
-    if chosen is None or rejected is None:
+    if metrics is None or chosen is None or rejected is None:
         return None
+    measure = measure_of(metrics) or "error"
     if not (math.isfinite(chosen.standard_error) and math.isfinite(rejected.standard_error)):
-        return Displacement(chosen, rejected, "too few steps to tell", f"fewer than {LEAST_VALUES} steps were logged.")
-    title, text = _READINGS[(chosen.movement, rejected.movement)]
-    if chosen.movement == rejected.movement != "stayed" and chosen.mean >= rejected.mean:
-        title, text = _WRONG_WAY[chosen.movement]
-    return Displacement(chosen, rejected, title, text)
+        return Displacement(chosen, rejected, "too few steps to tell", f"fewer than {LEAST_VALUES} steps were logged.", measure)
+    sides: tuple[Movement, Movement] = (chosen.movement, rejected.movement)
+    worse = chosen.mean >= rejected.mean
+    if measure == "log-probability":
+        sides = _AS_ERROR[chosen.movement], _AS_ERROR[rejected.movement]
+        worse = chosen.mean <= rejected.mean
+    title, text = _READINGS[sides]
+    if sides[0] == sides[1] != "stayed" and worse:
+        title, text = _WRONG_WAY[sides[0]]
+    if measure == "log-probability":
+        title = _OF_TOKENS.get(title, title)
+    return Displacement(chosen, rejected, title, text, measure)
 
 
 def _change(metrics: Metrics, side: str) -> Change | None:
-    series = relative_error(metrics, side)
+    series = moved(metrics, side)
     if series is None:
         return None
     values = series[1][-max(LEAST_VALUES, len(series[1]) // 5) :]
@@ -167,9 +212,10 @@ def regulariser_reading(objective: object, metrics: Metrics) -> str:
     if not added:
         return ""
     drawn = metrics.has("loss/preference")
+    error = "negative log-probability" if measure_of(metrics) == "log-probability" else "error"
     telling = "The preference part is drawn by itself." if drawn else "Read accuracy and margin instead."
     return (
-        f"It includes {' and '.join(added)}: a multiple of the chosen outputs' error, which is there before anything is "
+        f"It includes {' and '.join(added)}: a multiple of the chosen outputs' {error}, which is there before anything is "
         f"learnt and can be far larger than the preference's part. Its level says nothing about the preference. {telling}"
     )
 
@@ -193,8 +239,8 @@ def weight_reading(metrics: Metrics) -> str:
 
 def cautions(data: ReportData) -> list[str]:
     """What to keep in mind when reading the verdict, most telling first."""
-    found = [*_evaluation_cautions(data.evaluation or {}), *_training_cautions(data.metrics), *_pair_cautions(data.pairs or {})]
-    return found
+    found = [*_evaluation_cautions(data.evaluation or {}), *_training_cautions(data.metrics)]
+    return found + _pair_cautions(data.pairs or {}, data.outputs)
 
 
 def _evaluation_cautions(evaluation: Mapping[str, Any]) -> list[str]:
@@ -222,17 +268,20 @@ def _training_cautions(metrics: Metrics | None) -> list[str]:
     if metrics is None:
         return []
     found = []
-    moved = displacement(metrics)
-    if moved and moved.chosen.movement == "rose":
-        found.append(f"Against the reference the chosen outputs' error rose by {moved.chosen.mean:.1f} %: {moved.title}.")
+    reading = displacement(metrics)
+    if reading and reading.measure == "error" and reading.chosen.movement == "rose":
+        found.append(f"Against the reference the chosen outputs' error rose by {reading.chosen.mean:.1f} %: {reading.title}.")
+    if reading and reading.measure == "log-probability" and reading.chosen.movement == "fell":
+        nats = f"{-reading.chosen.mean:.1f} nats"
+        found.append(f"Against the reference the chosen answers' log-probability fell by {nats}: {reading.title}.")
     accuracy = metrics.last_tenth("rewards/accuracies")
     if accuracy is not None and accuracy > HIGH_ACCURACY:
         found.append(f"Training accuracy ends at {accuracy:.2f}: the pairs are learnt by heart, more steps bring little good.")
     return found
 
 
-def _pair_cautions(pairs: Mapping[str, Any]) -> list[str]:
+def _pair_cautions(pairs: Mapping[str, Any], outputs: str) -> list[str]:
     count, duplicates = pairs.get("pairs"), pairs.get("duplicates_dropped")
     if isinstance(count, int) and isinstance(duplicates, int) and duplicates > 0.2 * (count + duplicates):
-        return [f"{duplicates} duplicate pictures were dropped beside {count} pairs: the base repeats itself."]
+        return [f"{duplicates} duplicate {outputs}s were dropped beside {count} pairs: the base repeats itself."]
     return []

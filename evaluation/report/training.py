@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from polyalign.evaluation.report import charts, pictures
+from polyalign.evaluation.report import answers, charts, pictures
 from polyalign.evaluation.report.charts import Line, Points
 from polyalign.evaluation.report.collect import Metrics, PairExample, ReportData
 from polyalign.evaluation.report.markup import duration, figures, foreign, note, number, signed, size, table, text
@@ -17,11 +17,27 @@ from polyalign.evaluation.report.readings import (
     accuracy_reading,
     displacement,
     loss_reading,
+    measure_of,
+    moved,
     regulariser_reading,
-    relative_error,
     weight_reading,
 )
 from polyalign.evaluation.report.recipe import flatten
+
+LABELS = {"error": "error against the reference, %", "log-probability": "log-probability against the reference, nats"}
+EXPLAINED = {
+    "error": (
+        "%",
+        "Mean of (policy \u2212 reference) / reference over the last fifth of training, \u00b1 two standard errors. Both see "
+        "the same noise and timesteps; lower error means likelier.",
+    ),
+    "log-probability": (
+        "nats",
+        "Mean of policy \u2212 reference, each summed over an answer's tokens, over the last fifth of training, \u00b1 two "
+        "standard errors. Higher means likelier: 0.7 nats more is twice as likely.",
+    ),
+}
+"""Unit and explanation of the two sides, by measure."""
 
 TIMESTEP_BINS = 10
 ENVIRONMENT_ROWS = 80
@@ -29,7 +45,7 @@ CHANGES_SHOWN = 80
 
 
 def curves(metrics: Metrics, objective: object = None) -> str:
-    """The errors of both sides first, with their reading, then a chart for each figure of the objective.
+    """Errors or log-probabilities of both sides first, with their reading, then a chart for each figure of the objective.
 
     ``objective`` is the recipe's section, which says what the loss is made of.
     """
@@ -85,11 +101,12 @@ def _single(
 
 
 def _errors(metrics: Metrics) -> str:
-    """Chosen and rejected, each against the reference; where no errors were logged, the two rewards."""
-    sides = [(side, relative_error(metrics, side)) for side in ("chosen", "rejected")]
+    """Chosen and rejected, each against the reference; where nothing of the reference was logged, the two rewards."""
+    sides = [(side, moved(metrics, side)) for side in ("chosen", "rejected")]
     lines = [Line(side, side, *series) for side, series in sides if series]
     if lines:
-        return _two_sides("errors", lines, "error against the reference, %", _displacement_words(metrics))
+        label = LABELS[measure_of(metrics) or "error"]
+        return _two_sides("errors", lines, label, _displacement_words(metrics))
     lines = [
         Line(side, side, *metrics.series(name))
         for side in ("chosen", "rejected")
@@ -116,17 +133,17 @@ def _two_sides(name: str, lines: Sequence[Line], y_label: str, words: str) -> st
 def _displacement_words(metrics: Metrics) -> str:
     reading = displacement(metrics)
     if reading is None:
-        return "<p>Only one side's error was logged.</p>"
+        return "<p>Only one of the two sides was logged.</p>"
+    unit, explained = EXPLAINED[reading.measure]
     rows = "".join(
-        f'<li><span class="key {side}"></span>{side}: <b>{signed(change.mean)} %</b> '
+        f'<li><span class="key {side}"></span>{side}: <b>{signed(change.mean)} {unit}</b> '
         f'<span class="quiet">\u00b1 {number(2 * change.standard_error, 2)}</span></li>'
         for side, change in (("chosen", reading.chosen), ("rejected", reading.rejected))
     )
     return (
         f'<p class="reading"><b>{text(_sentence(reading.title))}.</b> {text(_sentence(reading.text))}</p>'
-        f'<ul class="sides-list">{rows}</ul><p class="quiet">Mean of (policy \u2212 reference) / reference over the last fifth '
-        "of training, \u00b1 two standard errors. Both see the same noise and timesteps; lower error means likelier. One curve "
-        "of the margin would hide which side moved.</p>"
+        f'<ul class="sides-list">{rows}</ul><p class="quiet">{explained} One curve of the margin would hide which side '
+        "moved.</p>"
     )
 
 
@@ -206,7 +223,7 @@ def _timestep_reading(group: Points) -> str:
 def data_card(data: ReportData) -> str:
     """Where the pairs came from, what was dropped, how the scores lie, and a few pairs."""
     summary = data.pairs or {}
-    cells = _counted(summary)
+    cells = _counted(summary, data.outputs) + _left_out(data.left_out)
     parts = [figures(cells)] if cells else [note("No summary of the pairs was found.")]
     judge = summary.get("judge")
     if isinstance(judge, Mapping) and judge:
@@ -219,18 +236,29 @@ def data_card(data: ReportData) -> str:
     return "".join(parts)
 
 
-def _counted(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _left_out(counts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What of the pairs was not trained on."""
+    words = {"too_long": "pairs too long"}
+    return [
+        (words.get(key, text(key, 40)), f"{count:,}", "left out of training, never cut")
+        for key, count in counts.items()
+        if isinstance(count, int)
+    ]
+
+
+def _counted(summary: Mapping[str, Any], outputs: str) -> list[tuple[str, str, str]]:
     """The counts of pairs/summary.json as figures. What became no pair is told apart by its reason."""
     known = (
         ("prompts", "prompts", ""),
         ("rows", "rows read", ""),
-        ("samples", "pictures" if "source" in summary else "samples drawn", ""),
+        ("samples", f"{outputs}s" if "source" in summary else "samples drawn", ""),
         ("pairs", "pairs kept", ""),
         ("ties_dropped", "ties dropped", ""),
         ("unlabelled_dropped", "unlabelled dropped", "nobody chose"),
         ("rows_dropped", "rows dropped", "unusable; pairs/summary.json lists them"),
         ("below_margin", "below the margin", ""),
         ("over_limit", "over the limit per prompt", ""),
+        ("empty_dropped", "empty answers", "in no pair"),
         ("duplicates_dropped", "duplicates dropped", ""),
         ("no_pair_prompts", "prompts without a pair", ""),
     )
@@ -255,26 +283,36 @@ def _histogram(block: Any) -> str:
 
 def _examples(examples: Sequence[PairExample]) -> str:
     cards = []
+    texts = any(isinstance(example.chosen, str) for example in examples)
     for example in examples:
         sides = []
-        for side, content, score in (
-            ("chosen", example.chosen, example.chosen_score),
-            ("rejected", example.rejected, example.rejected_score),
+        for side, shown, score in zip(
+            ("chosen", "rejected"), _shown(example), (example.chosen_score, example.rejected_score), strict=True
         ):
-            image = pictures.decode(content)
-            shown = (
-                pictures.picture(image, 128).tag(f"{side}: {example.prompt}")
-                if image
-                else '<div class="absent">unreadable</div>'
-            )
             figure = f" <b>{number(score)}</b>" if score is not None else ""
             sides.append(f"<figure>{shown}<figcaption>{side}{figure}</figcaption></figure>")
-        cards.append(
-            f'<li class="card"><div class="sides">{"".join(sides)}</div><p class="prompt">{foreign(example.prompt)}</p></li>'
+        both = f'<div class="sides">{"".join(sides)}</div>'
+        prompt = (
+            answers.block(answers.plain(example.prompt), "asked")
+            if texts
+            else f'<p class="prompt">{foreign(example.prompt)}</p>'
         )
+        cards.append(f'<li class="card">{prompt + both if texts else both + prompt}</li>')
     if not cards:
         return note("No examples of pairs can be shown: the pair store holds none that can be read.")
-    return f'<h3>The first {len(cards)} pairs</h3><ul class="cards">{"".join(cards)}</ul>'
+    return f'<h3>The first {len(cards)} pairs</h3><ul class="cards{" texts" if texts else ""}">{"".join(cards)}</ul>'
+
+
+def _shown(example: PairExample) -> list[str]:
+    """The chosen and the rejected output as HTML."""
+    if isinstance(example.chosen, str) and isinstance(example.rejected, str):
+        return [answers.block(content) for content in answers.marked(example.chosen, example.rejected)]
+    contents = {"chosen": example.chosen, "rejected": example.rejected}
+    images = {side: pictures.decode(content) if isinstance(content, bytes) else None for side, content in contents.items()}
+    return [
+        pictures.picture(image, 128).tag(f"{side}: {example.prompt}") if image else '<div class="absent">unreadable</div>'
+        for side, image in images.items()
+    ]
 
 
 def recipe(data: ReportData) -> str:

@@ -79,10 +79,14 @@ class Verdict:
 SENTENCES: Mapping[State, str] = {
     "improved": "On held-out prompts the judge prefers the aligned model, by more than chance, and no alarm went off.",
     "no change": "On held-out prompts the judge sees no difference beyond chance between the aligned model and its base.",
-    "over-optimised": "The training objective was followed further than the outputs are worth: look at the pictures first.",
+    "over-optimised": "The training objective was followed further than the outputs are worth: look at the outputs first.",
     "diverged": "Training left the track: the aligned model should not be used.",
     "not evaluated": "No held-out comparison was found, so nothing is claimed about the outputs.",
 }
+
+
+OF_PICTURES = ("statistics ran away", "only statistics")
+"""Rules about picture statistics."""
 
 
 def decide(data: ReportData, thresholds: Thresholds = THRESHOLDS) -> Verdict:
@@ -123,13 +127,13 @@ def deciding_statistics(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 
 def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
-    """Every rule in order, with the numbers of this run."""
+    """Every rule in order, with the numbers of this run; those that only pictures have are left out for texts."""
     statistics = deciding_statistics(data.evaluation)
     rate = data.evaluation.get("win_rate") if data.evaluation and not statistics else None
     found = describe(rate) if rate else "no judge but picture statistics" if statistics else "no evaluation"
     better = is_better(rate, limits) if rate else None
     worse = is_worse(rate, limits) if rate else None
-    return [
+    rules = [
         _not_finite(data.metrics),
         _runaway(data.metrics, better, limits),
         _worse_unlearnt(data.metrics, rate, worse, limits),
@@ -159,6 +163,7 @@ def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
             "nothing to judge by", "not evaluated", "the run has no evaluation and no rule above fired", "no evaluation", True
         ),
     ]
+    return [rule for rule in rules if data.outputs == "picture" or rule.name not in OF_PICTURES]
 
 
 def is_better(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:

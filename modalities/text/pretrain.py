@@ -47,7 +47,7 @@ class Settings:
     """What the shipped weights were trained with; the command line changes ``steps`` only, for trials."""
 
     seed: int = 20261121
-    steps: int = 5_000
+    steps: int = 2_500
     batch: int = 32
     rate: float = 2e-3
     warmup: int = 100

@@ -30,7 +30,7 @@ from recipe_data import folders, pickapic, provide  # noqa: E402  # pyright: ign
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for modality in MODALITIES for path in (ROOT / "configs" / modality).glob("*.yaml"))
 PUBLISHED = ("diffusion_dpo_sd15", "diffusion_dpo_sdxl", "sft_sd15", "ai_feedback", "mapo", "sdpo")
-EXACT = {"shapes"}
+EXACT = {"shapes", "clinical"}
 """Judges that know what is right, so that one of them may make the pairs and decide as well."""
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
@@ -92,7 +92,7 @@ def test_the_commands_in_its_comments_can_be_planned(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     commands = list(commands_of(path))
-    assert ["align", f"configs/image/{path.name}"] in [command[1:3] for command in commands]
+    assert ["align", f"configs/{path.parent.name}/{path.name}"] in [command[1:3] for command in commands]
     recipe, _ = load(path, [], modality_module(path.parent.name).SCHEMA)
     provide(recipe)
     folders(Path("my_pairs"))
@@ -107,7 +107,7 @@ def commands_of(path: Path) -> Iterator[list[str]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         found = re.match(r"#\s+(polyalign \w+ configs/\S+|\.\.\.)((?: \S+)*)", line)
         if found:
-            start = f"polyalign align configs/image/{path.name}" if found[1] == "..." else found[1]
+            start = f"polyalign align configs/{path.parent.name}/{path.name}" if found[1] == "..." else found[1]
             yield shlex.split(start + found[2])
 
 

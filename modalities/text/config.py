@@ -1,0 +1,340 @@
+"""The recipe of the text modality: what a YAML file under ``configs/text`` may say.
+
+Nothing here imports transformers or loads a model, so that ``explain`` and ``--dry-run`` answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from polyalign.core.config import Section
+from polyalign.core.objectives.table import DPO, TABLE, ObjectiveSpec
+from polyalign.core.recipe import (
+    BetaConfig,
+    Fraction,
+    JudgeConfig,
+    PairingConfig,
+    ReportConfig,
+    TrackingConfig,
+    TrainSettings,
+)
+from polyalign.datasets.formats.table import TEXT_FORMATS, checked_options
+
+ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
+"""Names of arms, which are also names of folders on every system."""
+
+BETA = {"value": 0.1, "convention": "nats"}
+"""Beta of an objective whose own default is for squared errors: the usual value for language models."""
+
+if TYPE_CHECKING:
+    PairSource = str
+else:
+    PairSource = Literal[("generate", *TEXT_FORMATS)]
+"""Where pairs come from: made here, or in one of the formats that can be read."""
+
+
+class LoraConfig(Section):
+    """The adapter that is trained beside the frozen base."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+
+    alpha: float | None = Field(default=None, gt=0.0)
+    """Scale of the update is alpha / rank; null means alpha = rank."""
+
+    dropout: Fraction = 0.0
+    """Share of the update's inputs that is dropped in training."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """Layers that get an update, by the end of their name; `all-linear` is every linear layer but the LM head."""
+
+
+class ModelConfig(Section):
+    """Which model, and what of it is trained."""
+
+    base: str = "tiny"
+    """`tiny` (the base that comes with the package), a hub id, or a transformers folder."""
+
+    revision: str | None = None
+    """Revision of a hub repository."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the frozen weights; full training keeps float32 and casts the forward pass."""
+
+    device: str = "auto"
+    """`auto` is the GPU if there is one."""
+
+    train: Literal["lora", "full", "qlora"] = "lora"
+    """A low-rank adapter; all weights; or an adapter on weights of 4 bits, which needs a GPU and bitsandbytes."""
+
+    lora: LoraConfig = LoraConfig()
+    """The adapter."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """`flash_attention_2` needs a GPU and its package."""
+
+    chat_template: str | None = None
+    """A jinja file that takes the place of the tokenizer's own template, relative to the working directory."""
+
+
+class PrepareConfig(Section):
+    """How pairs become tokens. Nothing is ever cut."""
+
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """A pair with a longer prompt is too long."""
+
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """A pair with a longer answer is too long."""
+
+    max_length: int | None = Field(default=None, ge=1)
+    """A pair whose prompt and longer answer together are longer is too long; the model's own limit holds besides."""
+
+    on_long: Literal["error", "drop"] = "error"
+    """A pair that is too long stops the run before it trains, or is left out, counted and said in the data card."""
+
+    append_eos: bool = True
+    """End answers with the end-of-sequence token, so that the model learns where to stop."""
+
+
+class LikelihoodConfig(Section):
+    """How the log-probabilities of an answer's tokens are computed; the values are the same, to rounding."""
+
+    prefix_sharing: Literal["auto", "on", "off"] = "auto"
+    """Compute the prompt once for both answers. `auto`: where the model's layers allow it, and it says so where they do not."""
+
+    head_chunk: int = Field(default=1024, ge=1)
+    """Positions that go through the LM head together: fewer need less memory."""
+
+    top_k: bool = False
+    """Log the mass and the entropy of the ten most probable tokens, which tell when a training begins to over-optimise;
+    `train.stop` does so by itself."""
+
+
+class SamplerConfig(Section):
+    """How answers are sampled, for pairs and for evaluation."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    """An answer ends here at the latest."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    """1 is the model's own distribution, 0 takes the likeliest token each time."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Draw from so many of the likeliest tokens only."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Draw from the fewest of the likeliest tokens whose probabilities add up to this."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Answers sampled together."""
+
+
+class PromptsConfig(Section):
+    """Where prompts come from: a file, or a world that comes with the package. Exactly one of the two."""
+
+    file: str | None = None
+    """A .txt (a prompt a line), .jsonl or .parquet file, relative to the working directory. What stands beside a prompt stays
+    with it for the judges; `messages` are the turns of a conversation that ends with the question."""
+
+    world: Literal["clinical"] | None = None
+    """A world with an exact judge."""
+
+    split: Literal["train", "heldout"] = "train"
+    """Of a world: prompts that take part in alignment, or those that never do."""
+
+    count: int | None = Field(default=None, ge=1)
+    """How many prompts; null is all of a file. A world needs a number."""
+
+    chat: bool = False
+    """Ask each prompt as a user's turn, in the model's chat template, rather than let the model go on with its words."""
+
+    system: str | None = None
+    """With `chat`: the system's turn before it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptsConfig:
+        if (self.file is None) == (self.world is None):
+            raise ValueError("give either 'file' or 'world'")
+        if self.world is not None and self.count is None:
+            raise ValueError("a world needs 'count', since it has no end")
+        if self.system is not None and not self.chat:
+            raise ValueError("'system' is a turn of a conversation, and needs 'chat: true'")
+        return self
+
+
+class PairsConfig(Section):
+    """Where preference pairs come from: made from prompts, or preferences that are there already."""
+
+    source: PairSource = "generate"
+    """`generate`: sample, judge, pair. `rows`: prompt, chosen, rejected as TRL's preference data have them in all their
+    variants (implicit prompts, conversations), from parquet, a saved data set or JSON lines. `jsonl`: the same, from JSON
+    lines. `store`: a pair store. `relabel`: a pair store, its pairs turned as `judges` prefer."""
+
+    path: str | None = None
+    """For `rows` and `jsonl`: the file, or the folder of files."""
+
+    store: str | None = None
+    """For `store` and `relabel`: the folder of the pair store, such as `runs/first/pairs`."""
+
+    options: dict[str, Any] = {}
+    """Settings of the format, by name, such as `split: train`; polyalign.datasets.formats documents them."""
+
+    on_bad_row: Literal["error", "drop"] = "error"
+    """For pairs that are read: a row that cannot be used stops the import, or is left out, counted and listed in
+    pairs/summary.json."""
+
+    prompts: PromptsConfig | None = None
+    """For `generate`: what to ask."""
+
+    samples_per_prompt: int = Field(default=4, ge=2)
+    """For `generate`: answers among which the judge chooses."""
+
+    prompts_per_shard: int = Field(default=32, ge=1)
+    """For `generate`: prompts between two points at which an interrupted generation goes on."""
+
+    judges: tuple[JudgeConfig, ...] = ()
+    """For `generate` and `relabel`: who decides; several are summed with their weights."""
+
+    pairing: PairingConfig = PairingConfig()
+    """For `generate`: how judged answers become pairs."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> PairsConfig:
+        if self.source == "generate":
+            if self.prompts is None or not self.judges:
+                raise ValueError("source 'generate' needs 'prompts' and at least one of 'judges'")
+            if self.options:
+                raise ValueError("source 'generate' has no options")
+            return self
+        row = TEXT_FORMATS[self.source]
+        if self.location is None:
+            raise ValueError(f"source '{self.source}' needs '{row.place}', {row.what}")
+        if row.needs == "judge" and not self.judges:
+            raise ValueError(f"source '{self.source}' needs at least one of 'judges'")
+        checked_options(self.source, self.options, TEXT_FORMATS)
+        return self
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the base draws answers for the pairs."""
+        return self.source == "generate"
+
+    @property
+    def location(self) -> str | None:
+        """The file or folder that the pairs, or the prompts to make them from, are read from."""
+        if self.source == "generate":
+            return self.prompts.file if self.prompts else None
+        return {"path": self.path, "store": self.store}[TEXT_FORMATS[self.source].place]
+
+    def inputs(self) -> dict[str, Any]:
+        """What the pairs depend on, besides the content of ``location``."""
+        return self.model_dump(mode="json", exclude={"path", "store"})
+
+
+class EvaluateConfig(Section):
+    """Base against aligned, on the same prompts and seeds."""
+
+    prompts: PromptsConfig | None = None
+    """Prompts that did not take part in training. Null: a share of the user's own prompts is kept aside (see `held_out`)."""
+
+    held_out: Fraction = 0.1
+    """For pairs that are read, without prompts here: the share of pairs whose prompts are kept out of training for this."""
+
+    seeds_per_prompt: int = Field(default=1, ge=1)
+    """Answers to each prompt, each with its own seed."""
+
+    temperature: float | None = Field(default=None, ge=0.0)
+    """In the place of `sampler.temperature`; 0 is greedy, where a prompt's seeds all give the same answer."""
+
+    judges: tuple[JudgeConfig, ...] = Field(default=(), min_length=1)
+    """The first gives the verdict, the others are shown beside it."""
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> EvaluateConfig:
+        if self.temperature == 0.0 and self.seeds_per_prompt > 1:
+            raise ValueError("'temperature: 0' is greedy and gives every seed the same answer: set 'seeds_per_prompt: 1'")
+        return self
+
+
+class TextRecipe(Section):
+    """One run of the text modality."""
+
+    modality: Literal["text"]
+    """This recipe's modality."""
+
+    seed: int = Field(default=0, ge=0)
+    """Every random choice of the run follows from it."""
+
+    run: str = "runs/text"
+    """The run folder; `{seed}` in it becomes the seed."""
+
+    model: ModelConfig = ModelConfig()
+    """Which model, and what of it is trained."""
+
+    prepare: PrepareConfig = PrepareConfig()
+    """How pairs become tokens."""
+
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+    """How the likelihood of an answer is computed."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    """How answers are sampled."""
+
+    pairs: PairsConfig
+    """Where preference pairs come from."""
+
+    objective: ObjectiveSpec = DPO(beta=BetaConfig(value=0.1, convention="nats"))
+    """What is minimised; `polyalign explain objective` lists all. Without a beta of their own for tokens, objectives take 0.1
+    nats here."""
+
+    train: TrainSettings = TrainSettings()
+    """The training loop."""
+
+    arms: dict[str, ObjectiveSpec] = {}
+    """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`. An arm's
+    name is also its folder's: small letters, digits, - and _."""
+
+    evaluate: EvaluateConfig
+    """Base against aligned."""
+
+    report: ReportConfig = ReportConfig()
+    """What the report shows."""
+
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the figures go besides metrics.jsonl."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_of_tokens(cls, given: Any) -> Any:
+        """An objective whose own beta is for squared errors has the usual one of language models, stated in nats, unless the
+        recipe says otherwise."""
+        if not isinstance(given, Mapping):
+            return given
+        changed = dict(given)
+        if isinstance(given.get("objective"), Mapping):
+            changed["objective"] = _with_beta(given["objective"])
+        if isinstance(given.get("arms"), Mapping):
+            changed["arms"] = {name: _with_beta(arm) for name, arm in given["arms"].items()}
+        return changed
+
+    @field_validator("arms")
+    @classmethod
+    def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
+        for name in arms:
+            if not ARM.fullmatch(name):
+                raise ValueError(f"the name {name!r} is no folder's: take a-z, 0-9, - and _, a letter or digit first")
+        return arms
+
+
+def _with_beta(objective: Any) -> Any:
+    """The mapping of an objective with a beta that has a meaning for tokens."""
+    row = TABLE.get(str(objective.get("name"))) if isinstance(objective, Mapping) else None
+    beta = objective.get("beta", {}) if row else None
+    if row is None or not isinstance(beta, Mapping):
+        return objective
+    own = row.parameters.model_fields["beta"].get_default(call_default_factory=True)
+    return objective if own.convention in ("nats", "sum") else {**objective, "beta": {**BETA, **beta}}

@@ -1,0 +1,227 @@
+"""What the verbs of all modalities share: what is refused early, the frames of generation and evaluation, report and export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyalign.core.errors import UserError
+from polyalign.core.files import atomic_write, disk_full_explained
+from polyalign.core.randomness import seed_of
+from polyalign.core.run import RunFolder
+from polyalign.modalities.arms import Room, refuse_unless_trained
+from polyalign.modalities.fingerprints import fingerprint, judge_files, listed
+
+if TYPE_CHECKING:
+    from polyalign.core.objectives.serves import Offer
+    from polyalign.datasets.formats.table import Format
+
+Condition = Mapping[str, Any]
+Outputs = tuple[Sequence[Any], Sequence[str] | None]
+"""Outputs, and the files of the run folder that hold them, where each has its own."""
+
+
+# --- refused early -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_unfit_judges(recipe: Any, outputs: str) -> None:
+    """Raises UserError if there is no judge of a name, one is for another kind of outputs or refuses its options, or two cannot
+    evaluate together."""
+    from polyalign.evaluation import judges
+
+    judges.refuse_other_outputs([judge.name for judge in (*recipe.pairs.judges, *recipe.evaluate.judges)], outputs)
+    for judge in (*recipe.pairs.judges, *recipe.evaluate.judges):
+        if judge.name in judges.JUDGES or judge.name not in judges.names():
+            judges.build(judge)  # ours read no weights yet; an unknown name raises, and says which there are
+    judges.refuse_unfit([judges.panel([judge]) for judge in recipe.evaluate.judges if judge.name in judges.JUDGES])
+
+
+def refuse_seats(recipe: Any, *, who: str, loader: str) -> None:
+    """Raises UserError for a reference that full training cannot have, or that no recipe can load. ``loader`` is the beginning
+    of the call that loads it from Python."""
+    if recipe.model.train == "full" and recipe.train.reference.seat == "adapter_off":
+        raise UserError(
+            "train.reference.seat: adapter_off needs a LoRA, and model.train is full. Set train.reference.seat to frozen (a "
+            "second copy of the network), cached or none, or model.train to lora"
+        )
+    if recipe.train.reference.seat == "adapter":
+        raise UserError(
+            f"train.reference.seat: adapter compares with a second LoRA on the network, and {who} cannot load one. "
+            f"Set it to adapter_off (the base), frozen, ema, cached or none; from Python, {loader}"
+            f"name={recipe.train.reference.adapter_name!r}) puts one there"
+        )
+
+
+def refuse_objectives(recipe: Any, offer: Offer) -> None:
+    """Raises UserError if the objective, or one of the arms, asks for more than ``offer`` and the recipe can give."""
+    from polyalign.core.objectives.serves import Plan, refuse_unless_served
+    from polyalign.core.objectives.table import build
+
+    train = recipe.train
+    plan = Plan(train.reference.seat, cut=train.micro_batch_size < train.batch_size)
+    for key, spec in {"objective": recipe.objective, **{f"arms.{name}": arm for name, arm in recipe.arms.items()}}.items():
+        refuse_unless_served(build(spec), offer, plan, key=key)
+
+
+def refuse_several_processes(verb: str, run: RunFolder, *, modality: str) -> None:
+    """Raises UserError under a launcher of several processes, each of which would do all of the work in the same files."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1" or run.planning:
+        return
+    raise UserError(
+        f"{verb} works in one process, and WORLD_SIZE says {processes}. Only training works in several. Run 'polyalign "
+        "generate CONFIG' without a launcher, then\n"
+        f"  torchrun --nproc_per_node {processes} -m polyalign.modalities.{modality}.train CONFIG run={run.path}\n"
+        "and then 'polyalign align CONFIG', which does what is left"
+    )
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------------------
+
+
+def generate(room: Room, recipe: Any, run: RunFolder, *, formats: Mapping[str, Format], samples_of: Mapping[str, Any]) -> None:
+    """Prompts to pairs, or preferences in any format to pairs: writes ``pairs/``.
+
+    ``formats`` is the table of the modality's formats, ``samples_of`` what samples of the base depend on besides its files.
+    """
+    pairs = recipe.pairs
+    inputs: dict[str, Any] = {"pairs": pairs.inputs(), "seed": recipe.seed, "source": fingerprint(pairs.location)}
+    inputs |= judge_files(pairs.judges) | listed(pairs.source, pairs.location, formats)
+    if pairs.sampled:
+        inputs |= {**room.model_files(recipe), **samples_of}
+    with run.stage("generate", inputs, products=("pairs",)) as stage:
+        if stage.todo:
+            _generate(room, recipe, run, formats)
+
+
+def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, Format]) -> None:
+    from polyalign.datasets.formats.own_samples import Drawing
+    from polyalign.evaluation.judges import panel
+    from polyalign.modalities.generation import GenerationSettings, generate_pairs, read_pairs
+
+    pairs, store, sampler = recipe.pairs, room.pairs_of(run), recipe.sampler.model_dump(mode="json")
+    if not pairs.sampled:
+        read_pairs(pairs, store, formats)
+        return
+    adapter, model = room.open_model(recipe, run, None)
+    if pairs.source != "generate":
+        read_pairs(pairs, store, formats, Drawing(partial(adapter.sample, model), model.identity, recipe.seed, sampler))
+        return
+    generate_pairs(
+        adapter,
+        model,
+        room.conditions_of(pairs.prompts, recipe.seed),
+        panel(pairs.judges),
+        settings=GenerationSettings(
+            samples_per_prompt=pairs.samples_per_prompt,
+            prompts_per_shard=pairs.prompts_per_shard,
+            sampler=sampler,
+            **pairs.pairing.model_dump(),
+        ),
+        folder=run / "pairs",
+        seed=recipe.seed,
+        outputs=room.outputs,
+    )
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    room: Room,
+    recipe: Any,
+    run: RunFolder,
+    sampled: Callable[[str, Path | None, Sequence[Condition], Sequence[int]], Outputs],
+    *,
+    finish: Callable[[Mapping[str, Sequence[Any]], Sequence[Condition], Sequence[int]], None] | None = None,
+) -> None:
+    """Base, aligned and arms on the same prompts and seeds: writes ``samples/`` and ``evaluation.json``.
+
+    ``sampled(name, trained, conditions, seeds)`` gives the outputs of one model and writes them to ``samples/NAME``;
+    ``finish(outputs by name, conditions, seeds)`` writes what else belongs into ``samples/``.
+    """
+    prompts = recipe.evaluate.prompts
+    inputs = {
+        **room.model_files(recipe),
+        "sampler": recipe.sampler,
+        "evaluate": recipe.evaluate,
+        "seed": recipe.seed,
+        "prompts": fingerprint(prompts.file if prompts else None),
+        **judge_files(recipe.evaluate.judges),
+    }
+    after = ("generate", "train", *(f"train {name}" for name in recipe.arms))
+    with run.stage("evaluate", inputs, after=after, products=("samples", "evaluation.json")) as stage:
+        if stage.todo:
+            _evaluate(room, recipe, run, sampled, finish)
+
+
+def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any) -> None:
+    from polyalign.evaluation.judges import panel
+    from polyalign.evaluation.paired import evaluate_paired
+
+    conditions = room.evaluation_conditions(recipe, room.pairs_of(run))
+    seeds = [seed_of(recipe.seed, "evaluate", index) for index in range(len(conditions))]
+    base, base_files = sampled("base", None, conditions, seeds)
+    aligned, aligned_files = sampled("aligned", run / "adapter", conditions, seeds)
+    arms = {name: sampled(f"arms/{name}", run / "arms" / name / "adapter", conditions, seeds)[0] for name in recipe.arms}
+    if finish is not None:
+        finish({"base": base, "aligned": aligned, **arms}, conditions, seeds)
+    report = evaluate_paired(
+        base,
+        aligned,
+        conditions,
+        seeds,
+        [panel([config]) for config in recipe.evaluate.judges],
+        seed=recipe.seed,
+        base_images=base_files,
+        aligned_images=aligned_files,
+        arms=arms,
+    )
+    atomic_write(run / "evaluation.json", json.dumps(report, indent=1))
+
+
+# --- report and export -------------------------------------------------------------------------------------------------------
+
+
+def report(run: RunFolder) -> None:
+    """Whatever the run folder holds, in one page: writes ``report.html`` and ``report.json``, and says the verdict."""
+    from polyalign.evaluation.report import write_report
+
+    page = write_report(run.path)
+    verdict = json.loads((run / "report.json").read_text(encoding="utf-8"))["verdict"]
+    print(f"{verdict['state']}: {verdict['sentence']}\nreport: {page}")
+
+
+def export(room: Room, recipe: Any, run: RunFolder, destination: Path) -> None:
+    """The trained weights, where the user wants them.
+
+    Raises:
+        UserError: there are none, they are unfinished or of another recipe; something is at the destination; a full disk.
+    """
+    refuse_unless_trained(room, recipe, run)
+    source = run / "adapter"
+    if destination.exists():
+        raise UserError(f"{destination}: exists already; nothing was written. Give another folder, or move this one away")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        with disk_full_explained(f"the export {destination}"):
+            _copy(source, unfinished / "export")
+        (unfinished / "export").rename(destination)
+    finally:
+        shutil.rmtree(unfinished)
+
+
+def _copy(source: Path, destination: Path) -> None:
+    """A folder's files. ``shutil.copytree`` would hide a full disk in an error of its own."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        target = destination / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "rb") as given, open(target, "wb") as copied:
+            shutil.copyfileobj(given, copied)
