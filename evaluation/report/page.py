@@ -102,6 +102,7 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
     timesteps = [] if data.outputs == "text" else [by_timestep]  # tokens have none
     parts += [
         ("curves", "Training", training.curves(metrics, data.config.get("objective")) if metrics else absent),
+        ("diagnosis", "Diagnosis", diagnosis(data)),
         *timesteps,
         ("data", "Data card", training.data_card(data)),
         ("recipe", "Changed from the recipe", training.recipe(data)),
@@ -110,6 +111,13 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
         ("again", "Run it again", training.command(data)),
     ]
     return parts
+
+
+def diagnosis(data: ReportData) -> str:
+    """What ``polyalign diagnose`` finds in the run folder. Imported here, since its verdict is the report's own."""
+    from polyalign.evaluation.diagnose import as_markup, diagnose
+
+    return as_markup(diagnose(data.folder))
 
 
 def facts(data: ReportData, verdict: Verdict) -> dict[str, Any]:

@@ -17,7 +17,21 @@ from polyalign.evaluation.report import charts, comparison, pictures, write_repo
 from polyalign.evaluation.report.markup import duration, number, signed, size, text
 from polyalign.evaluation.statistics import paired_win_rate
 
-PARTS = ("wins", "grid", "worst", "tasks", "alarms", "curves", "timesteps", "data", "recipe", "cost", "environment", "again")
+PARTS = (
+    "wins",
+    "grid",
+    "worst",
+    "tasks",
+    "alarms",
+    "curves",
+    "diagnosis",
+    "timesteps",
+    "data",
+    "recipe",
+    "cost",
+    "environment",
+    "again",
+)
 
 
 def page_of(run) -> str:
