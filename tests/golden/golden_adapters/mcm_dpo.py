@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from golden_adapters.cases import Case, agree
-from golden_adapters.sequences import columns, evaluate
+import torch
+from golden_adapters.cases import Case, agree, tensor
+from golden_adapters.sequences import agree_label_sums, columns, evaluate
 
 from polyalign.core.objectives import build
 from polyalign.core.objectives.table_groups import MCMDPO
@@ -37,9 +38,17 @@ def _check(case: Case) -> None:
         agree(name, result.outcome.statistics["reward"][:, place], case.outputs[name])
 
 
-METHODS: dict[str, Callable[[Case], None]] = {"LLAVADPOTrainer.mcmdpo_loss": _check}
+def _label_sums(case: Case) -> None:
+    labels = torch.tensor(case.inputs["labels"])
+    for side, name in (("policy", "logits"), ("reference", "reference_logits")):
+        agree_label_sums(case.outputs, side, tensor(case.inputs[name]), labels)
+
+
+METHODS: dict[str, Callable[[Case], None]] = {
+    "LLAVADPOTrainer.mcmdpo_loss": _check,
+    "mcmdpo_get_batch_logps": _label_sums,
+}
 NOT_IN_PLACE: dict[str, str] = {
-    "mcmdpo_get_batch_logps": "no objective: the scores of a vision-language model, which is not here yet",
     "add_diffusion_noise": "no objective: noisy pictures for a vision-language model, which is not here yet",
     "DPODataset.__getitem__": "no objective: how one data set draws its negative contexts",
     "cider.CiderScorer": "no objective: a metric of captions, which is not here yet",

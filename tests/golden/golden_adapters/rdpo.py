@@ -1,12 +1,13 @@
-"""rdpo.json: Re-Align's loss; its label log-probabilities and noise are no objectives."""
+"""rdpo.json: Re-Align's loss and its label log-probabilities; its noise is no objective."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from golden_adapters.cases import Case, agree
-from golden_adapters.sequences import columns, evaluate
+import torch
+from golden_adapters.cases import Case, agree, tensor
+from golden_adapters.sequences import agree_label_sums, columns, evaluate
 
 from polyalign.core.objectives import build
 from polyalign.core.objectives.table_groups import RDPO
@@ -31,8 +32,16 @@ def _check(case: Case) -> None:
             agree(name, result.outcome.statistics["reward"][:, place], case.outputs[name])
 
 
-METHODS: dict[str, Callable[[Case], None]] = {"rDPOTrainer.dpo_loss": _check}
+def _label_sums(case: Case) -> None:
+    logits, labels = tensor(case.inputs["logits"]), torch.tensor(case.inputs["labels"])
+    agree_label_sums(case.outputs, "logps", logits, labels)
+    agree_label_sums(case.outputs, "noisy_logps", logits, labels, hardest=True)
+
+
+METHODS: dict[str, Callable[[Case], None]] = {
+    "rDPOTrainer.dpo_loss": _check,
+    "_get_batch_logps/_get_noisy_batch_logps": _label_sums,
+}
 NOT_IN_PLACE: dict[str, str] = {
-    "_get_batch_logps/_get_noisy_batch_logps": "no objective: the scores of a vision-language model, which is not here yet",
     "add_diffusion_noise": "no objective: noisy pictures for a vision-language model, which is not here yet",
 }

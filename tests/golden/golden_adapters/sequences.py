@@ -12,6 +12,7 @@ from golden_adapters.pairs import grouped, pair_batch
 from torch import Tensor
 
 from polyalign.core.candidates import Batch
+from polyalign.core.likelihood.chunked_head import Head, token_statistics
 from polyalign.core.objectives import Objective, Outcome
 from polyalign.core.scores import DenseStatistics, Scores, Unit
 
@@ -111,6 +112,26 @@ class Labelled:
         """(G, K, U) of the labels; what stands where nothing is labelled has no meaning."""
         logits = self.logits if logits is None else logits
         return logits.log_softmax(-1).gather(-1, self.labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+def agree_label_sums(
+    case_outputs: Mapping[str, Any], name: str, logits: Tensor, labels: Tensor, *, hardest: bool = False
+) -> None:
+    """Sums and means of the labels' log-probabilities, by our token statistics, against ``{name}_sum`` and ``_mean``.
+
+    Args:
+        logits: (B, T, V); position t says what token t + 1 is.
+        hardest: in the label's place the most probable other token, as Re-Align's code has it for the rejected side.
+    """
+    states, targets = logits[:, :-1], labels[:, 1:]
+    mask, tokens = targets != IGNORED, targets.clamp(min=0)
+    if hardest:
+        tokens = states.scatter(-1, tokens.unsqueeze(-1), float("-inf")).argmax(-1)
+    values = token_statistics(Head(None), states.flatten(0, 1), tokens.flatten(), rows=3).value.unflatten(0, tokens.shape)
+    sums = torch.where(mask, values, torch.zeros_like(values)).sum(-1)
+    agree(f"{name}_sum", sums, case_outputs[f"{name}_sum"])
+    if f"{name}_mean" in case_outputs:
+        agree(f"{name}_mean", sums / mask.sum(-1), case_outputs[f"{name}_mean"])
 
 
 def divergence(reference: Tensor, policy: Tensor) -> Tensor:
