@@ -70,6 +70,29 @@ def betas_of_config(config: Mapping[str, Any]) -> Tensor:
     return zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr", False) else betas
 
 
+def flow_shift(config: Mapping[str, Any], tokens: int | None = None) -> float:
+    """By how much a flow-matching scheduler of diffusers moves its levels towards noise: ``shift`` of its config, or, with
+    ``use_dynamic_shifting``, what it gives pictures of ``tokens`` patches (FLUX.1).
+
+    The dynamic shift is exp(mu) (``time_shift_type: linear``: mu), mu on the line through (base_image_seq_len, base_shift) and
+    (max_image_seq_len, max_shift); diffusers' exp(mu) / (exp(mu) + 1/s - 1) is then the shifted level of ``rectified_flow``.
+
+    Raises:
+        UserError: a dynamic shift, and the number of tokens is not known.
+    """
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", 1.0))
+    if tokens is None:
+        raise UserError(
+            "the scheduler config says use_dynamic_shifting: its noise levels depend on the size of a sample, which is not "
+            "known here. Say the number of patches, or take a scheduler with a constant shift"
+        )
+    low, high = int(config.get("base_image_seq_len", 256)), int(config.get("max_image_seq_len", 4096))
+    start, end = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
+    mu = start + (end - start) * (tokens - low) / (high - low)
+    return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """Tables of T levels: ``signal`` a (T,), ``noise`` s (T,), and ``timestep`` (T,), what the network is told at that
@@ -93,10 +116,11 @@ class NoiseSchedule:
         return cls(FLOW, 1 - sigma, sigma, sigma * steps)
 
     @classmethod
-    def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """From the ``scheduler_config.json`` of a diffusers pipeline: a flow-matching class, or one of the DDPM family."""
+    def from_scheduler_config(cls, config: Mapping[str, Any], tokens: int | None = None) -> NoiseSchedule:
+        """From the ``scheduler_config.json`` of a diffusers pipeline: a flow-matching class, or one of the DDPM family.
+        ``tokens``, patches of a sample, is only asked for by a dynamic shift (see :func:`flow_shift`)."""
         if "FlowMatch" in str(config.get("_class_name", "")):
-            return cls.rectified_flow(int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0)))
+            return cls.rectified_flow(int(config.get("num_train_timesteps", 1000)), flow_shift(config, tokens))
         return cls.from_alphas_cumprod((1.0 - betas_of_config(config)).cumprod(0))
 
     @property

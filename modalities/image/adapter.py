@@ -1,4 +1,5 @@
-"""The image adapter: Stable Diffusion 1.x and 2.x (epsilon and v) and SDXL, through diffusers.
+"""The image adapter: Stable Diffusion 1.x and 2.x (epsilon and v), SDXL, SD3 / SD3.5 and FLUX.1 (flow), through diffusers. What
+differs between them is in :mod:`polyalign.modalities.image.families`.
 
 Letters: G pairs, 2 candidates (chosen first), C h w latents, S text tokens, D text width, P pooled width, U noise levels a
 pair.
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -25,10 +25,13 @@ from polyalign.core.scores import Scores
 from polyalign.datasets.pictures import fingerprint
 from polyalign.modalities.image import export, latents, loading, lora, pictures, sampling, text
 from polyalign.modalities.image.cache import ContentCache
+from polyalign.modalities.image.families import Told, family_of
 from polyalign.modalities.image.micro_conditioning import time_ids
 from polyalign.modalities.image.settings import ImageModelSettings
 
 COLUMNS = ("chosen", "rejected")
+LABELLED = ("image",)
+"""The one candidate of a row that has a label in the place of a pair."""
 
 
 class ImageAdapter:
@@ -45,9 +48,9 @@ class ImageAdapter:
 
     def trainable(self, model: Model) -> Model:
         """The model with a fresh LoRA, or with all of its network, to be trained."""
-        network: UNet2DConditionModel = model.network  # type: ignore[assignment]
+        network: Any = model.network
         if self.settings.train == "lora":
-            lora.add(network, self.settings)
+            lora.add(network, self.settings, self.settings.targets or family_of(model).targets)
         else:
             network.requires_grad_(True)
         if self.settings.gradient_checkpointing:
@@ -62,16 +65,17 @@ class ImageAdapter:
         return model
 
     def prepare(self, model: Model, rows: Sequence[Row], *, step: int) -> Batch:
-        """Pair-store rows as tensors: ``latents`` (G, 2, C, h, w), ``text`` (G, S, D) and, for SDXL, ``pooled`` (G, P) and
-        ``time_ids`` (G, 2, 6).
+        """Pair-store rows as tensors: ``latents`` (G, 2, C, h, w), ``text`` (G, S, D), except for SD 1.x and 2.x ``pooled``
+        (G, P), and for SDXL ``time_ids`` (G, 2, 6).
 
-        A row may also have ``target``, ``margins`` (one number a candidate) and ``weight``.
+        A row may also have ``target``, ``margins`` (one number a candidate) and ``weight``. A row with ``image`` and ``label``
+        is a single picture that is liked or not, and has one candidate instead of two.
 
         Raises:
             UserError: a missing caption or a damaged picture, with the pair's id and the column.
         """
         resolution = loading.resolution_of(model, self.settings)
-        pairs = [[self._candidate(model, row, column, resolution, step) for column in COLUMNS] for row in rows]
+        pairs = [[self._candidate(model, row, column, resolution, step) for column in _columns(row)] for row in rows]
         captions = [self._caption(model, row, step) for row in rows]
         tensors = {
             "latents": torch.stack([torch.stack([latent for latent, _ in pair]) for pair in pairs]),
@@ -79,6 +83,7 @@ class ImageAdapter:
         }
         if "pooled" in captions[0]:
             tensors["pooled"] = torch.stack([caption["pooled"] for caption in captions])
+        if family_of(model).sized:
             tensors["time_ids"] = torch.tensor([[ids for _, ids in pair] for pair in pairs])
         return Batch.of_groups([_group(row) for row in rows], tensors)
 
@@ -99,26 +104,29 @@ class ImageAdapter:
         device = next(model.network.parameters()).device
         tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
         units, dtype = draws.timesteps.shape[1], self.settings.weights_dtype
-        states = rows_of(tensors["text"], len(COLUMNS), units, per_candidate=False).to(dtype)
-        added = None
-        if "pooled" in tensors:
-            added = {
-                "text_embeds": rows_of(tensors["pooled"], len(COLUMNS), units, per_candidate=False).to(dtype),
-                "time_ids": rows_of(tensors["time_ids"], len(COLUMNS), units, per_candidate=True),
-            }
+        rows = {
+            name: rows_of(tensors[name], tensors["latents"].shape[1], units, per_candidate=name == "time_ids")
+            for name in ("text", "pooled", "time_ids")
+            if name in tensors
+        }
+        told = Told(
+            rows["text"].to(dtype),
+            rows["pooled"].to(dtype) if "pooled" in rows else None,
+            rows.get("time_ids"),
+            self._guidance_vector(model),
+        )
+        family = family_of(model)
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             with sampling.autocast(self.settings, device):
-                return model.network(
-                    noisy.to(dtype), timesteps, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False
-                )[0]
+                return family.call(model.network, noisy.to(dtype), timesteps, told)
 
         return denoising_scores(
             predict,
             tensors["latents"],
             draws,
             model.parts["schedule"],
-            prediction_type=model.parts["scheduler"].config.get("prediction_type", "epsilon"),
+            prediction_type=family.prediction_type(model.parts["scheduler"]),
             weighting=self.settings.weighting,
             gamma=self.settings.gamma,
             keep_residual=self.settings.keep_residual,
@@ -208,16 +216,38 @@ class ImageAdapter:
         return self._encoded(model, caption)
 
     def _encoded(self, model: Model, prompt: str) -> dict[str, Tensor]:
-        keys = ("text", model.identity, str(self.settings.weights_dtype), prompt)
-        return self.cache.get(keys, lambda: text.encode(loading.assemble(model), prompt))
+        keys = ("text", *self._encoder(model), prompt)
+        tokens = self.settings.text_tokens
+        return self.cache.get(keys, lambda: text.encode(family_of(model), loading.assemble(model), prompt, tokens))
 
     def _empty(self, model: Model, negative: str | None) -> dict[str, Tensor]:
-        keys = ("empty", model.identity, str(self.settings.weights_dtype), "none" if negative is None else f"text:{negative}")
-        return self.cache.get(keys, lambda: text.encode_empty(loading.assemble(model), negative))
+        keys = ("empty", *self._encoder(model), "none" if negative is None else f"text:{negative}")
+        tokens = self.settings.text_tokens
+        return self.cache.get(keys, lambda: text.encode_empty(family_of(model), loading.assemble(model), negative, tokens))
+
+    def _encoder(self, model: Model) -> tuple[str, ...]:
+        """What text states depend on besides the text."""
+        keys = (model.identity, str(self.settings.weights_dtype))
+        if not family_of(model).text_tokens:
+            return keys
+        return (*keys, str(self.settings.text_tokens), f"t5:{self.settings.use_t5}")
+
+    def _guidance_vector(self, model: Model) -> float | None:
+        """The guidance scale that the network is told in training; None where it knows none."""
+        if not model.parts["network_config"].get("guidance_embeds", False):
+            return None
+        return 1.0 if self.settings.guidance_vector is None else self.settings.guidance_vector
 
 
 def _group(row: Row) -> Group:
     """The preference side of a row."""
     given = {name: row[name] for name in ("target", "margins", "weight") if row.get(name) is not None}
-    candidates = tuple(Candidate(row["condition"], None) for _ in COLUMNS)
+    columns = _columns(row)
+    candidates = tuple(Candidate(row["condition"], None) for _ in columns)
+    if columns == LABELLED:
+        given = {"target": (1.0,), "desirable": (bool(row["label"]),)} | given
     return Group(str(row["pair_id"]), candidates, **given)
+
+
+def _columns(row: Row) -> tuple[str, ...]:
+    return LABELLED if row.get("image") is not None else COLUMNS

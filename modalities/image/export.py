@@ -14,13 +14,15 @@ import yaml
 from polyalign.core.adapter import Model
 from polyalign.core.files import disk_full_explained
 from polyalign.modalities.image import lora
+from polyalign.modalities.image.families import network_of
 from polyalign.modalities.image.loading import assemble, quiet
 
 
 def export(model: Model, folder: Path, card: Mapping[str, Any] | None = None) -> None:
     """Write the trained model into ``folder``, with README.md, the card.
 
-    Where there is a LoRA: ``pytorch_lora_weights.safetensors``. Else the whole pipeline, the network in ``unet/``.
+    Where there is a LoRA: ``pytorch_lora_weights.safetensors``. Else the whole pipeline, the network in ``unet/`` or
+    ``transformer/``.
 
     Everything is written beside the folder first and then renamed into place, file by file, so that an interruption or a full
     disk leaves the earlier export as it was.
@@ -40,10 +42,11 @@ def export(model: Model, folder: Path, card: Mapping[str, Any] | None = None) ->
 
 def _write(model: Model, folder: Path, card: Mapping[str, Any]) -> None:
     pipeline = assemble(model)
-    is_lora = lora.NAME in lora.names(pipeline.unet)
+    network = network_of(pipeline)
+    is_lora = lora.NAME in lora.names(network)
     with quiet():
         if is_lora:
-            lora.save(pipeline, pipeline.unet, folder)
+            lora.save(pipeline, network, folder)
         else:
             pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").write_text(model_card(model, is_lora=is_lora, card=card), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Loading a Stable Diffusion 1.x / 2.x or SDXL pipeline from a hub id, a diffusers folder, a single file, or the embedded base.
+"""Loading a pipeline of :mod:`polyalign.modalities.image.families` from a hub id, a diffusers folder, the embedded base, or
+(UNets only) a single file; with a network published alone in the place of its own, if asked.
 
 Weights come from safetensors, or from pickles read with ``weights_only``; a pickle that would run code is refused before
 anything else reads it. No code from a model's folder is ever run.
@@ -7,33 +8,31 @@ anything else reads it. No code from a model's folder is ever run.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import pickle
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
-from polyalign.core.likelihood.schedules import NoiseSchedule
 from polyalign.core.optional import require
+from polyalign.modalities.image import published
+from polyalign.modalities.image.checkpoint_files import PICKLES, hash_of, refuse_code, weight_files
+from polyalign.modalities.image.contradictions import refuse
+from polyalign.modalities.image.families import FAMILIES, family_named
 from polyalign.modalities.image.latents import factor_of
 from polyalign.modalities.image.settings import DTYPES, ImageModelSettings
 
 TINY_BASE = Path(__file__).parent / "tiny_base"
-PIPELINES: dict[str, Any] = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-FROZEN_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
 def load(settings: ImageModelSettings) -> Model:
@@ -46,28 +45,29 @@ def load(settings: ImageModelSettings) -> Model:
     path = TINY_BASE if settings.base == "tiny" else Path(settings.base).expanduser()
     with quiet():
         if path.is_file():
-            pipeline, identity = _from_file(path, settings), f"{path.name}@sha256:{_hash([path])}"
+            pipeline, identity = _from_file(path, settings), f"{path.name}@sha256:{hash_of([path])}"
         elif path.is_dir():
             name = "polyalign-tiny" if settings.base == "tiny" else path.resolve().name
-            pipeline, identity = _from_folder(path, settings), f"{name}@sha256:{_hash(weight_files(path))}"
+            pipeline, identity = _from_folder(path, settings), f"{name}@sha256:{hash_of(weight_files(path))}"
         else:
             folder = _download(settings)
             pipeline, identity = _from_folder(folder, settings), f"{settings.base}@{folder.name}"
-    family = "sdxl" if isinstance(pipeline, StableDiffusionXLPipeline) else "sd"
-    _check(pipeline, family, settings)
-    return _model(pipeline, identity, settings)
+        name = family_named(type(pipeline).__name__)
+        assert name is not None  # nothing else is opened above
+        refuse(pipeline, name, settings)
+        if settings.network is not None:
+            identity += f"+{published.place(pipeline, FAMILIES[name], settings)}"
+    return _model(pipeline, name, identity, settings)
 
 
 def assemble(model: Model, scheduler: Any = None) -> Any:
     """A diffusers pipeline around the *current* network, without safety checker or watermark."""
-    kind = model.parts["pipeline_class"]
-    parts = {name: model.parts[name] for name in FROZEN_PARTS if name in model.parts}
+    family = FAMILIES[model.parts["family"]]
+    parts = {name: model.parts.get(name) for name in family.parts}
     if scheduler is not None:
         parts["scheduler"] = scheduler
-    if kind is StableDiffusionPipeline:
-        parts |= {"safety_checker": None, "feature_extractor": None}
-    network: Any = getattr(model.network, "module", model.network)  # DDP's wrapper does not have a UNet's config
-    pipeline = kind(unet=network, **parts, **model.parts["pipeline_config"])
+    parts[family.network] = getattr(model.network, "module", model.network)  # DDP's wrapper does not have a network's config
+    pipeline = family.pipeline(**parts, **family.fixed, **model.parts["pipeline_config"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -99,46 +99,21 @@ def resolution_of(model: Model, settings: ImageModelSettings) -> int:
     """Pixels of one side: as set, or the base's own.
 
     Raises:
-        UserError: a size that the VAE and the network's halvings do not divide.
+        UserError: a size that the VAE and the network's halvings or patches do not divide, or one beyond the network's table of
+            positions.
     """
-    network, factor = model.parts["network_config"], factor_of(model.parts["vae"])
-    step = factor * 2 ** (len(network["block_out_channels"]) - 1)
-    size = network["sample_size"]
-    resolution = settings.resolution or (size if isinstance(size, int) else size[0]) * factor
-    if resolution % step:
-        raise UserError(f"resolution is {resolution}; this base needs a multiple of {step}")
+    return _resolution(model.parts["network_config"], model.parts["family"], model.parts["vae"], settings)
+
+
+def _resolution(config: Mapping[str, Any], name: str, vae: Any, settings: ImageModelSettings) -> int:
+    factor, (multiple, side) = factor_of(vae), FAMILIES[name].grid(config)
+    resolution = settings.resolution or side * factor
+    if resolution % (factor * multiple):
+        raise UserError(f"resolution is {resolution}; this base needs a multiple of {factor * multiple}")
+    most = config.get("pos_embed_max_size")
+    if most is not None and resolution > most * factor * multiple:
+        raise UserError(f"resolution is {resolution}; this base knows positions up to {most * factor * multiple} pixels")
     return resolution
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weights of a diffusers folder, in a fixed order."""
-    return sorted(file for file in folder.glob("*/*") if file.suffix in (".safetensors", *PICKLES))
-
-
-def refuse_code(file: Path) -> None:
-    """Read a pickle with ``weights_only`` and drop it.
-
-    Raises:
-        UserError: it asks for anything but tensors, or cannot be read.
-    """
-    try:
-        torch.load(file, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(
-            f"{file} is refused: it is a pickle that holds more than weights, or it is damaged "
-            f"({str(error).splitlines()[0]}). Reading it could run code. Take the .safetensors version of this model."
-        ) from error
-
-
-def _hash(files: Iterable[Path]) -> str:
-    """First 16 hexadecimal digits of SHA-256 over the files' bytes and their place in the folder."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.parent.name}/{file.name}".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def _download(settings: ImageModelSettings) -> Path:
@@ -168,16 +143,18 @@ def _from_folder(folder: Path, settings: ImageModelSettings) -> Any:
         raise UserError(
             f"{folder} is no diffusers pipeline: model_index.json with a _class_name is expected there ({error})"
         ) from error
-    family = next((name for name, kind in PIPELINES.items() if kind.__name__ == described), None)
+    family = family_named(described)
     if family is None:
-        allowed = ", ".join(kind.__name__ for kind in PIPELINES.values())
+        allowed = ", ".join(row.pipeline.__name__ for row in FAMILIES.values())
         raise UserError(f"{index} describes a {described}; this modality trains {allowed}")
     for file in weight_files(folder):
         if file.suffix in PICKLES and not any(file.parent.glob("*.safetensors")):
             refuse_code(file)
     extra: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if family == "sd" else {}
+    if family == "sd3" and not settings.use_t5:
+        extra |= {"text_encoder_3": None, "tokenizer_3": None}
     try:
-        return PIPELINES[family].from_pretrained(
+        return FAMILIES[family].pipeline.from_pretrained(
             folder,
             # The VAE is read in float32 and made narrower afterwards if asked: rounded weights do not come back.
             torch_dtype={"default": settings.weights_dtype, "vae": torch.float32},
@@ -199,12 +176,13 @@ def _from_file(file: Path, settings: ImageModelSettings) -> Any:
     else:
         raise UserError(
             f"{file} is no whole Stable Diffusion 1.x, 2.x or SDXL checkpoint: it has no text encoder "
-            f"(its tensors are named like {sorted(names)[:3]}). A LoRA, a VAE or a UNet alone is not a base."
+            f"(its tensors are named like {sorted(names)[:3]}). A LoRA, a VAE or a UNet alone is not a base. "
+            "SD3 and FLUX are read from a diffusers folder or a hub id."
         )
     extra: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if family == "sd" else {}
     local = settings.single_file_config is not None and os.path.isdir(settings.single_file_config)
     try:
-        pipeline = PIPELINES[family].from_single_file(
+        pipeline = FAMILIES[family].pipeline.from_single_file(
             str(file),
             config=settings.single_file_config,
             torch_dtype=torch.float32,
@@ -238,28 +216,6 @@ def _names(file: Path) -> set[str]:
         raise UserError(f"{file} is not a readable safetensors file ({error}); it may be cut short") from error
 
 
-def _check(pipeline: Any, family: str, settings: ImageModelSettings) -> None:
-    """Refuse what contradicts the settings or cannot be trained here."""
-    config = pipeline.unet.config
-    if settings.family is not None and settings.family != family:
-        raise UserError(f"family is set to {settings.family!r}, but {settings.base} is {family!r}; leave it out to detect it")
-    if (config.get("addition_embed_type") == "text_time") != (family == "sdxl"):
-        raise UserError(
-            f"{settings.base} is a {type(pipeline).__name__}, but its UNet has addition_embed_type "
-            f"{config.get('addition_embed_type')!r}; the folder mixes two kinds of model"
-        )
-    if pipeline.text_encoder is None:
-        raise UserError(f"{settings.base} has no first text encoder (an SDXL refiner?); refiners are not trained here")
-    if config.in_channels != pipeline.vae.config.latent_channels:
-        raise UserError(
-            f"the UNet of {settings.base} takes {config.in_channels} channels and its VAE makes "
-            f"{pipeline.vae.config.latent_channels}: inpainting and depth models are not trained here"
-        )
-    found = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if settings.prediction_type not in (None, found):
-        raise UserError(f"prediction_type is set to {settings.prediction_type!r}, but {settings.base} says {found!r}")
-
-
 def device_of(settings: ImageModelSettings) -> torch.device:
     """The device of this process."""
     if settings.device != "auto":
@@ -269,10 +225,10 @@ def device_of(settings: ImageModelSettings) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _model(pipeline: Any, identity: str, settings: ImageModelSettings) -> Model:
-    device = device_of(settings)
+def _model(pipeline: Any, family_name: str, identity: str, settings: ImageModelSettings) -> Model:
+    device, family = device_of(settings), FAMILIES[family_name]
     parts: dict[str, Any] = {}
-    for name in ("unet", *FROZEN_PARTS):
+    for name in (family.network, *family.parts):
         part = getattr(pipeline, name, None)
         if isinstance(part, torch.nn.Module):
             dtype = _vae_dtype(part, settings) if name == "vae" else settings.weights_dtype
@@ -280,18 +236,17 @@ def _model(pipeline: Any, identity: str, settings: ImageModelSettings) -> Model:
             part = part if part.dtype == dtype else part.to(dtype)  # diffusers warns at a cast to the same type too
         if part is not None:
             parts[name] = part
-    network = parts.pop("unet")
+    network = parts.pop(family.network)
     if settings.attention == "xformers":
         require("xformers", extra="cuda", purpose="attention: xformers")
         if device.type != "cuda":
             raise UserError(f"attention is set to xformers, which has no operators for {device.type}; use sdpa")
         network.enable_xformers_memory_efficient_attention()
     options = {name: pipeline.config.get(name) for name in ("force_zeros_for_empty_prompt",) if name in pipeline.config}
-    kind = type(pipeline)
-    fixed = {"requires_safety_checker": False} if kind is StableDiffusionPipeline else {"add_watermarker": False}
-    parts["pipeline_class"], parts["pipeline_config"] = kind, {**options, **fixed}
+    parts |= {"family": family_name, "pipeline_class": family.pipeline, "pipeline_config": options}
     parts["network_config"] = dict(network.config)
-    parts["schedule"] = NoiseSchedule.from_scheduler_config(pipeline.scheduler.config)
+    side = _resolution(parts["network_config"], family_name, parts["vae"], settings) // factor_of(parts["vae"])
+    parts["schedule"] = family.schedule(pipeline.scheduler, side)
     return Model(network=network, parts=parts, identity=identity)
 
 

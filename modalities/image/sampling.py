@@ -19,6 +19,7 @@ from torch import Tensor
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.modalities.image import latents as latent
+from polyalign.modalities.image.families import family_of, network_of
 from polyalign.modalities.image.loading import assemble
 from polyalign.modalities.image.settings import DTYPES, ImageModelSettings
 
@@ -26,13 +27,13 @@ Encoded = dict[str, Tensor]
 
 
 def scheduler_of(model: Model, sampler: str) -> Any:
-    """The sampler's scheduler on the base's own noise schedule.
+    """The sampler's scheduler on the base's own noise schedule. A flow model's own is an Euler scheduler.
 
     Raises:
         UserError: an unknown sampler.
     """
     base = model.parts["scheduler"]
-    if sampler == "base":
+    if sampler == "base" or (family_of(model).flow and sampler == "euler"):
         return type(base).from_config(base.config)
     if sampler == "ddim":
         return DDIMScheduler.from_config(base.config, clip_sample=False)
@@ -64,7 +65,7 @@ def sample(
     """One picture for each (encoded prompt, seed); ``empty`` is the unconditional branch; ``progress(done, all)`` each
     batch."""
     pipeline = assemble(model, scheduler_of(model, settings.sampler))
-    network = pipeline.unet
+    network = network_of(pipeline)
     was_training = network.training
     network.eval()
     pictures: list[Image.Image] = []
@@ -93,7 +94,7 @@ def _batch(
     if settings.pad_batches:
         missing = settings.sample_batch - wanted
         prompts, seeds = [*prompts, *[prompts[-1]] * missing], seeds + [seeds[-1]] * missing
-    device = next(pipeline.unet.parameters()).device
+    family, device = family_of(model), next(network_of(pipeline).parameters()).device
     conditions: dict[str, Tensor] = {}
     for name, key in (("prompt_embeds", "states"), ("pooled_prompt_embeds", "pooled")):
         if key in empty:
@@ -101,7 +102,7 @@ def _batch(
             conditions[f"negative_{name}"] = (
                 empty[key].expand_as(conditions[name]).to(device, settings.weights_dtype).contiguous()
             )
-    if settings.guidance <= 1.0:
+    if settings.guidance <= 1.0 or not family.negatives:
         conditions = {name: value for name, value in conditions.items() if not name.startswith("negative")}
     with autocast(settings, device):
         found = pipeline(
@@ -113,5 +114,6 @@ def _batch(
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="latent",
         ).images
+    found = family.unpacked(found, resolution // latent.factor_of(model.parts["vae"]))
     pixels = latent.decode(model, found[:wanted] if not settings.pad_batches else found, batch=settings.vae_batch)
     return pipeline.image_processor.postprocess(pixels[:wanted], output_type="pil")

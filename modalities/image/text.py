@@ -1,8 +1,7 @@
 """Text states: what the frozen text encoders make of a caption.
 
-Stable Diffusion 1.x and 2.x: the last hidden states of the one encoder. SDXL: the penultimate hidden states of both encoders
-side by side, and the pooled state of the second. The encoding is the pipeline's own, so training and sampling cannot differ.
-Each caption is encoded alone, so its states do not depend on its neighbours.
+What they are for each kind of model is said in :mod:`polyalign.modalities.image.families`. The encoding is the pipeline's own,
+so training and sampling cannot differ. Each caption is encoded alone, so its states do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng
+from polyalign.modalities.image.families import Family
 
 
 def caption_of(row: Any, *, where: str) -> str:
@@ -38,25 +38,20 @@ def dropped(pair_id: str, step: int, *, seed: int, share: float) -> bool:
 
 
 @torch.no_grad()
-def encode(pipeline: Any, prompt: str) -> dict[str, Tensor]:
-    """``states`` (S, D) and, for SDXL, ``pooled`` (P,) of one prompt."""
-    found = pipeline.encode_prompt(
-        prompt, device=pipeline.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    entry = {"states": found[0][0]}
-    if len(found) == 4:
-        entry["pooled"] = found[2][0]
-    return entry
+def encode(family: Family, pipeline: Any, prompt: str, tokens: int | None = None) -> dict[str, Tensor]:
+    """``states`` (S, D) and, except for SD 1.x and 2.x, ``pooled`` (P,) of one prompt; T5 reads ``tokens``, or as many as the
+    family's pipeline lets it."""
+    return family.encode(pipeline, prompt, tokens or family.text_tokens)
 
 
 @torch.no_grad()
-def encode_empty(pipeline: Any, negative: str | None) -> dict[str, Tensor]:
+def encode_empty(family: Family, pipeline: Any, negative: str | None, tokens: int | None = None) -> dict[str, Tensor]:
     """The states of the unconditional branch, for guidance and for dropped captions.
 
     As the pipeline has it: SDXL's base uses zeros where no negative prompt is given (``force_zeros_for_empty_prompt``), which
     is what it was trained on; everything else encodes the empty text. The Salesforce code encodes the empty text for SDXL too.
     """
-    entry = encode(pipeline, negative or "")
+    entry = encode(family, pipeline, negative or "", tokens)
     if negative is None and pipeline.config.get("force_zeros_for_empty_prompt", False):
         entry = {name: torch.zeros_like(tensor) for name, tensor in entry.items()}
     return entry

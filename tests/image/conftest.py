@@ -25,6 +25,7 @@ from polyalign.modalities.image.settings import ImageModelSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import flow_models  # noqa: E402
 from image_runs import save_base  # noqa: E402
 
 FAMILIES = ("sd15", "sd2", "sdxl")
@@ -158,6 +159,24 @@ def rows() -> list[dict[str, Any]]:
 def make_picture() -> Callable[..., Image.Image]:
     """``make_picture(seed, size=(width, height))``: random pixels."""
     return picture
+
+
+@pytest.fixture(scope="session")
+def flow_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """kind -> diffusers folder; kinds sd3, sd35, flux-dev, flux-schnell."""
+    root, tokens = tmp_path_factory.mktemp("flow_models"), tokenizer()
+    return {kind: flow_models.build(kind, root / kind, tokens, text_config(tokens)) for kind in flow_models.KINDS}
+
+
+@pytest.fixture
+def make_flow(flow_bases: dict[str, Path]) -> Callable[..., ImageAdapter]:
+    """``make_flow(kind, **settings)``: an adapter of a tiny flow model at 32 pixels."""
+
+    def make(kind: str, **settings: Any) -> ImageAdapter:
+        cheap = {"sampler": "base", "sampling_steps": 3, "rank": 4, "resolution": 32, "text_tokens": flow_models.TOKENS}
+        return ImageAdapter(ImageModelSettings(**{"base": str(flow_bases[kind]), **cheap, **settings}))
+
+    return make
 
 
 @pytest.fixture

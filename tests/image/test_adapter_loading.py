@@ -77,8 +77,8 @@ def test_what_is_not_there_or_no_pipeline_is_refused(tmp_path: Path, tiny_models
         load(tmp_path)
     other = shutil.copytree(tiny_models["sd15"], tmp_path / "other")
     index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="describes a FluxPipeline; this modality trains StableDiffusionPipeline"):
+    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(UserError, match="describes a PixArtAlphaPipeline; this modality trains StableDiffusionPipeline"):
         load(other)
 
 

@@ -1,0 +1,45 @@
+"""Files of weights: what counts as one, its hash, and pickles that are no weights."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from polyalign.core.errors import UserError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a diffusers folder, in a fixed order."""
+    return sorted(file for file in folder.glob("*/*") if file.suffix in (".safetensors", *PICKLES))
+
+
+def refuse_code(file: Path) -> None:
+    """Read a pickle with ``weights_only`` and drop it.
+
+    Raises:
+        UserError: it asks for anything but tensors, or cannot be read.
+    """
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is refused: it is a pickle that holds more than weights, or it is damaged "
+            f"({str(error).splitlines()[0]}). Reading it could run code. Take the .safetensors version of this model."
+        ) from error
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """First 16 hexadecimal digits of SHA-256 over the files' bytes and their place in the folder."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.parent.name}/{file.name}".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
