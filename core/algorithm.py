@@ -238,9 +238,10 @@ def with_divergence(policy: Scores, reference: Scores) -> Scores:
 
 
 def of_length(scores: Scores, units: int) -> Scores:
-    """``scores`` with ``units`` units: a cached one knows nothing of this batch's padding."""
+    """``scores`` with ``units`` units at least: a cached one knows nothing of this batch's padding. One that is longer is of
+    other units, and stays, to be refused where the two are compared."""
     missing = units - scores.values.shape[-1]
-    if missing == 0:
+    if missing <= 0:
         return scores
     pad = torch.nn.functional.pad
     return replace(scores, values=pad(scores.values, (0, missing)), mask=pad(scores.mask, (0, missing)))

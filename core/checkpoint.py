@@ -32,6 +32,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import Manifest, disk_full_explained, sha256_of
 
 PARTIAL = ".partial"
+REMOVED = ".removed"
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,12 @@ def save(
             "identity": dict(identity),
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+    for left in root.glob(f".step-*{REMOVED}"):  # by a kill
+        shutil.rmtree(left)
     for old in complete(root)[:-keep]:
-        shutil.rmtree(old.folder)
+        aside = old.folder.with_name(f".{old.folder.name}{REMOVED}")
+        old.folder.rename(aside)  # at once, so that a kill leaves no half of a checkpoint under its name
+        shutil.rmtree(aside)
     return final
 
 

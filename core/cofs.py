@@ -26,15 +26,18 @@ from polyalign.core.adapter import Adapter, Model, Row
 from polyalign.core.algorithm import of_length
 from polyalign.core.candidates import Batch
 from polyalign.core.errors import UserError
+from polyalign.core.likelihood.tokens_network import without_noise
 from polyalign.core.low_rank import combine_low_rank, reduce_rank
 from polyalign.core.objectives import Beta, Objective
-from polyalign.core.references import Seat, adapter_chosen, adapter_layers, choose_adapter
+from polyalign.core.references import Seat, adapter_chosen, adapter_layers, adapter_names, choose_adapter
 from polyalign.core.scores import Scores
 
 Space = Literal["simplex", "coordinates"]
 COMBINED = "combined"
 FIRST_STEP, LAST_STEP = 0.5, 0.02
 """Of the search: how far a coefficient is moved at first, and at last."""
+LARGEST = 2.0
+"""Of ``coordinates``, the largest coefficient: the loss of pairs that an adapter fits falls without end as it grows."""
 
 
 # --- the combination ----------------------------------------------------------------------------------------------------------
@@ -57,13 +60,20 @@ def combine_adapters(
     configs = [_plain_lora(network, name) for name in names]
     total = sum(max([config.r, *config.rank_pattern.values()]) for config in configs)
     wanted = total if rank is None else min(rank, total)
-    if into in network.peft_config and network.peft_config[into].r != wanted:
+    layers = [layer for layer in adapter_layers(network) if adapter_names(layer) & set(names)]
+    lacking = any(into not in adapter_names(layer) for layer in layers)
+    if into in network.peft_config and (lacking or network.peft_config[into].r != wanted):
         _remove(network, into)
     if into not in network.peft_config:
         _add(network, names, into, wanted)
     lost = size = 0.0
     for layer in adapter_layers(network):
+        if into not in adapter_names(layer):
+            continue
         present = [(name, c) for name, c in zip(names, coefficients, strict=True) if name in layer.scaling]
+        if not present:
+            _factors(layer, into)[1].zero_()  # of an earlier combination of others
+            continue
         factors = [_factors(layer, name) for name, _ in present]
         scales = [c * layer.scaling[name] for name, c in present]
         down, up = combine_low_rank([down for down, _ in factors], [up for _, up in factors], scales)
@@ -193,16 +203,15 @@ class Replay:
             for start in range(0, len(rows), batch_size):
                 batch = adapter.prepare(model, rows[start : start + batch_size], step=0).to(device)
                 draws = adapter.draws(model, batch, step=0)
-                scores = reference.scores(adapter, model, batch, draws, index=0)
+                with without_noise(model.network):  # as the adapters are scored; a frozen reference follows this mode
+                    scores = reference.scores(adapter, model, batch, draws, index=0)
                 self.kept.append(_Kept(domain, batch, draws, scores))
 
     @torch.no_grad()
     def losses(self, name: str) -> dict[str, float]:
         """The mean loss over each domain's pairs with the adapter ``name``."""
         found: dict[str, list[Tensor]] = {}
-        training = self.model.network.training
-        self.model.network.eval()
-        with adapter_chosen(self.model.network, name):
+        with without_noise(self.model.network), adapter_chosen(self.model.network, name):
             for kept in self.kept:
                 policy = self.adapter.score(self.model, kept.batch, kept.draws)
                 scores = {"policy": policy}
@@ -210,7 +219,6 @@ class Replay:
                     scores["reference"] = of_length(kept.reference, policy.values.shape[-1])
                 outcome = self.objective(scores, kept.batch, beta=self.beta.effective(policy.unit))
                 found.setdefault(kept.domain, []).append(outcome.loss.double().cpu())
-        self.model.network.train(training)
         return {domain: torch.cat(parts).mean().item() for domain, parts in found.items()}
 
 
@@ -248,7 +256,7 @@ def choose_coefficients(
 def search(loss: Callable[[tuple[float, ...]], float], count: int, *, space: Space = "simplex") -> tuple[float, ...]:
     """Coefficients with a small ``loss``: from the best single one or the mean, the best of all moves of one size is taken as
     long as one helps, then moves of half the size. ``simplex`` moves a share from one coefficient to another, so that they stay
-    at least 0 and sum to 1; ``coordinates`` moves one alone, and none below 0."""
+    at least 0 and sum to 1; ``coordinates`` moves one alone, none below 0 or above 2."""
     corners = [tuple(float(place == k) for place in range(count)) for k in range(count)]
     best = min([*corners, (1.0 / count,) * count], key=loss)
     size = FIRST_STEP
@@ -269,5 +277,8 @@ def _moves(coefficients: tuple[float, ...], size: float, space: Space) -> list[t
         shares = [(a, b, min(size, coefficients[a])) for a in places for b in places if a != b and coefficients[a] > 0]
         changes = [{a: -share, b: share} for a, b, share in shares]
     # Rounded, so that a point reached in two ways is one point.
-    moved = [tuple(round(max(0.0, c + change.get(k, 0.0)), 9) for k, c in enumerate(coefficients)) for change in changes]
+    moved = [
+        tuple(round(min(max(0.0, c + change.get(k, 0.0)), LARGEST), 9) for k, c in enumerate(coefficients))
+        for change in changes
+    ]
     return [point for point in moved if point != coefficients]

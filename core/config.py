@@ -151,11 +151,11 @@ def find_config(name: str | Path, folder: Path | None = None) -> Path:
 
 
 def _nearest(wanted: str, known: dict[str, Path]) -> str:
-    by_last = {name.rsplit("/", 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(wanted, known, n=1) or [
-        by_last[last] for last in difflib.get_close_matches(wanted.rsplit("/", 1)[-1], by_last, n=1)
-    ]
-    return f" Did you mean {near[0]}?" if near else ""
+    near = difflib.get_close_matches(wanted, known, n=1) if "/" in wanted else []
+    if not near:  # by the last part, which several modalities may have
+        lasts = difflib.get_close_matches(wanted.rsplit("/", 1)[-1], {name.rsplit("/", 1)[-1] for name in known}, n=1)
+        near = [name for name in known if name.rsplit("/", 1)[-1] in lasts]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _listing(known: dict[str, Path]) -> str:

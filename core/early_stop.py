@@ -20,12 +20,11 @@ SIDES = ("chosen", "rejected")
 
 
 def indicators(figures: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Entropy (bits) and mass from a line of metrics.jsonl, means over both sides of the pairs; None where there are none."""
-    names = [f"{name}_{side}" for name in (ENTROPY, MASS) for side in SIDES]
-    if not all(name in figures for name in names):
-        return None
-    entropy, other_entropy, mass, other_mass = (float(figures[name]) for name in names)
-    return (entropy + other_entropy) / 2, (mass + other_mass) / 2
+    """Entropy (bits) and mass from a line of metrics.jsonl, means over both sides of the pairs, or those of single candidates;
+    None where there are none."""
+    found = [[float(figures[f"{name}_{side}"]) for side in SIDES if f"{name}_{side}" in figures] for name in (ENTROPY, MASS)]
+    entropies, masses = found
+    return (sum(entropies) / len(entropies), sum(masses) / len(masses)) if entropies and masses else None
 
 
 @dataclass

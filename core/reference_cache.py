@@ -75,7 +75,8 @@ class ScoreCache:
         )
 
     def put(self, group_ids: Sequence[str], index: int, scores: Scores) -> None:
-        """Keep values, mask and notes of a batch's scores.
+        """Keep values, mask and notes of a batch's scores. What is there already stays: its last bits may differ from those of
+        another batch, and a resumed run must read the same.
 
         Raises:
             UserError: scores with whole distributions, or what was made of them, which a value for each unit cannot replace.
@@ -89,6 +90,8 @@ class ScoreCache:
         tensors |= {f"notes.{name}": note for name, note in scores.notes.items()}
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         for place, group_id in enumerate(group_ids):
+            if (group_id, index) in self.entries:
+                continue
             places = tensors["mask"][place].any(0).nonzero()
             used = int(places.max()) + 1 if len(places) else 0  # without this batch's padding
             own = {name: tensor[place, ..., :used].clone() for name, tensor in tensors.items()}

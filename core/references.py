@@ -204,9 +204,11 @@ class Cached:
         if found is not None:
             return found
         live = self.seat.scores(adapter, model, batch, draws, index=index)
-        if live is not None:
-            self.cache.put(batch.group_ids, index, live)
-        return live
+        if live is None:
+            return None
+        self.cache.put(batch.group_ids, index, live)
+        # Of pairs that were there before, the kept scores: which of a batch's pairs a resumed run finds is chance.
+        return self.cache.get(batch.group_ids, index, device=live.values.device)
 
     def to(self, device: torch.device) -> None:
         self.seat.to(device)

@@ -116,7 +116,8 @@ def figures_of(statistics: Mapping[str, Tensor]) -> dict[str, Any]:
 
     ``statistics`` are per group, (G,) or (G, K), gathered from all processes in the order of the data, so that the means do not
     depend on how the batch was cut. A name with a slash, ``error/policy`` (G, K), becomes ``error/policy_chosen`` and
-    ``error/policy_rejected``. ``timestep`` (G, U) is not averaged: with it the margins are listed by timestep.
+    ``error/policy_rejected``; single candidates (K = 1) have the first of the two alone. ``timestep`` (G, U) is not averaged:
+    with it the margins are listed by timestep.
     """
     figures: dict[str, Any] = {}
     for name, values in statistics.items():
@@ -128,7 +129,8 @@ def figures_of(statistics: Mapping[str, Tensor]) -> dict[str, Any]:
         elif name in COLUMNS or "/" in name:
             chosen, rejected = COLUMNS.get(name, (f"{name}_chosen", f"{name}_rejected"))
             figures[chosen] = values[:, 0].mean().item()
-            figures[rejected] = values[:, 1:].mean().item()
+            if values.shape[1] > 1:  # a single candidate has no other one
+                figures[rejected] = values[:, 1:].mean().item()
     if "timestep" in statistics and "margin" in statistics:
         figures["margins_by_timestep"] = [
             [round(t, 6), margin]

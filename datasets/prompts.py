@@ -1,14 +1,21 @@
-"""A prompts file to conditions: plain text, JSON lines or parquet.
+"""A prompts file to conditions: plain text, JSON lines, parquet, and the published benchmarks' own files.
 
 ``.txt``: a prompt a line. ``.jsonl``: an object a line with a ``prompt`` (or a bare string). ``.parquet``: a column ``prompt``.
+``.tsv``: a table with a head, such as PartiPrompts (Prompt, Category, Challenge, Note). ``.json``: a list, such as one style of
+HPSv2's benchmark (``anime.json``), or lists by style in one object; a folder of such files is all styles of it.
 Where ``prompt`` is missing, ``caption`` or ``text`` is taken. Everything else that stands beside a prompt (task, objects, tags)
 stays in its condition, since judges may need it.
+
+What a file is, its content decides where the ending does not: a table of PartiPrompts that is called ``.txt`` is read as one. A
+prompt that stands in a list of a style has that style as its ``category``. Styles come in turn, so the first prompts of a limit
+are of all of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +33,11 @@ def load_prompts(path: str | Path, *, limit: int | None = None) -> list[Conditio
         UserError: no such file, another kind of file, or broken entries; up to 20 are listed with their line or row.
     """
     path = Path(path)
+    if path.is_dir():
+        return _folder(path, limit)
     if not path.is_file():
-        raise UserError(f"{path}: no such prompts file. It is a .txt (a prompt a line), .jsonl or .parquet file")
-    readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
+        raise UserError(f"{path}: no such prompts file. It is a .txt (a prompt a line), .jsonl, .parquet, .tsv or .json file")
+    readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet, ".tsv": _table, ".json": _json}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a prompts file ends in {', '.join(readers)}, found {path.suffix or 'no ending'!r}")
@@ -85,7 +94,61 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _text(path: Path) -> Iterator[tuple[str, Any]]:
-    return _lines(path)
+    return _table(path) if _head(path) is not None else _lines(path)
+
+
+def _head(path: Path) -> list[str] | None:
+    """The column names of a table, in small letters; None if the first line names no column of prompts beside others."""
+    first = next(_lines(path), ("", ""))[1]
+    names = [name.strip().casefold() for name in first.split("\t")]
+    return names if len(names) > 1 and set(names) & set(PROMPT_KEYS) else None
+
+
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a table as PartiPrompts has them: cells between tabs, taken as they are, without quoting. Short rows lack their
+    last cells."""
+    names = _head(path)
+    if names is None:
+        raise UserError(f"{path}: a .tsv begins with the names of its columns, one of them Prompt, with tabs between them")
+    for place, line in list(_lines(path))[1:]:
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) > len(names):
+            yield place, ValueError(f"{len(cells)} cells in a table of {len(names)} columns")
+        else:
+            yield place, {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of prompts, of the style that the file is named after if they are bare texts; or lists by style."""
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}). One object a line is a .jsonl") from error
+    styles = {path.stem: content} if isinstance(content, list) else content
+    if not isinstance(styles, dict) or not all(isinstance(entries, list) for entries in styles.values()):
+        raise UserError(f"{path}: a list of prompts, or an object with such a list for each style, is expected")
+    yield from _in_turn(
+        [
+            (f"{style}, entry {number}", {"prompt": entry, "category": style} if isinstance(entry, str) else entry)
+            for number, entry in enumerate(entries)
+        ]
+        for style, entries in styles.items()
+    )
+
+
+def _in_turn(lists: Iterable[list[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
+    """The first of each list, then the second of each."""
+    for row in zip_longest(*lists):
+        yield from (one for one in row if one is not None)
+
+
+def _folder(path: Path, limit: int | None) -> list[Condition]:
+    """All styles of a benchmark, a .json for each."""
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise UserError(f"{path}: a folder of prompts has a .json file for each style, and there is none in it")
+    lists = [[("", condition) for condition in load_prompts(file)] for file in files]
+    return [condition for _, condition in _in_turn(lists)][:limit]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

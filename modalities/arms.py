@@ -1,5 +1,5 @@
 """The training for one objective, in every modality: the stage with its inputs, the model, the pairs, the reference, the
-trainer, the export. A :class:`Room` is what a modality gives to it."""
+trainer, the export. A :class:`Room` is what a modality gives to it; :mod:`polyalign.modalities.loops` has what goes beyond."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.core.run import RunFolder
+from polyalign.datasets.labels import LabelStore
 from polyalign.datasets.pairs import PairStore
+from polyalign.modalities import loops
 from polyalign.modalities.held_out import TrainingPairs, evaluation_conditions, split_pairs
 
 if TYPE_CHECKING:
     from polyalign.core.adapter import Model
-    from polyalign.core.algorithm import DirectPreference
+    from polyalign.core.algorithm import Algorithm
     from polyalign.core.objectives.table import ObjectiveSpec
     from polyalign.core.recipe import TrainSettings
     from polyalign.core.trainer import Trainer
@@ -34,7 +36,17 @@ class Selected:
     card: Mapping[str, Any] = field(default_factory=dict)
 
 
-def everything(_recipe: Any, _adapter: Any, _model: Model, _store: PairStore, indices: Sequence[int]) -> Selected:
+def fresh(_recipe: Any, adapter: Any, model: Model) -> Model:
+    """The model with what is trained of it: a fresh LoRA, or all of it."""
+    return adapter.trainable(model)
+
+
+def nothing(_recipe: Any, _run: RunFolder, _asked: Any) -> dict[str, Any]:
+    """An evaluation of samples alone."""
+    return {}
+
+
+def everything(_recipe: Any, _adapter: Any, _model: Model, _store: Any, indices: Sequence[int]) -> Selected:
     """All pairs."""
     return Selected(indices)
 
@@ -45,7 +57,9 @@ class Room:
 
     ``open_model(recipe, run, objective)`` gives adapter and model; ``model_files(recipe)`` the hashes of the files that the
     model is read from; ``conditions_of(prompts, seed)`` the conditions of ``evaluate.prompts``; ``tell_beta(adapter, model,
-    objective, rows)`` says what beta means for this model; ``select`` leaves out pairs that the model cannot take.
+    objective, rows)`` says what beta means for this model (``rows`` is empty where rounds make them later); ``select`` leaves
+    out pairs that the model cannot take; ``trainable(recipe, adapter, model)`` makes the model one that is trained;
+    ``measured(recipe, run, asked)`` is what an evaluation says besides its samples' scores, by key of ``evaluation.json``.
     """
 
     outputs: str
@@ -53,13 +67,21 @@ class Room:
     model_files: Callable[[Any], Mapping[str, Any]]
     conditions_of: Callable[[Any, int], Sequence[dict[str, Any]]]
     tell_beta: Callable[[Any, Model, ObjectiveSpec, Sequence[Mapping[str, Any]]], None]
-    select: Callable[[Any, Any, Model, PairStore, Sequence[int]], Selected] = everything
+    select: Callable[[Any, Any, Model, Any, Sequence[int]], Selected] = everything
+    trainable: Callable[[Any, Any, Model], Model] = fresh
+    measured: Callable[[Any, RunFolder, Any], dict[str, Any]] = nothing
+    label_store: Callable[[Path], LabelStore] = LabelStore
 
-    def pairs_of(self, run: RunFolder) -> PairStore:
-        """The run's pairs."""
-        return PairStore(run / "pairs", self.outputs)
+    def pairs_of(self, recipe: Any, run: RunFolder) -> Any:
+        """The run's pairs, or single answers with labels where the recipe reads such."""
+        labelled = getattr(recipe.pairs, "labelled", False)
+        return self.label_store(run / "pairs") if labelled else PairStore(run / "pairs", self.outputs)
 
-    def evaluation_conditions(self, recipe: Any, store: PairStore) -> list[dict[str, Any]]:
+    def asked_of(self, recipe: Any, run: RunFolder) -> Any:
+        """What says which prompts take part in training: the run's pairs, or the prompts that rounds ask."""
+        return loops.AskedPrompts(run / loops.PROMPTS) if loops.is_online(recipe) else self.pairs_of(recipe, run)
+
+    def evaluation_conditions(self, recipe: Any, store: Any) -> list[dict[str, Any]]:
         """See :func:`polyalign.modalities.held_out.evaluation_conditions`."""
         return evaluation_conditions(recipe.evaluate, recipe.seed, store, self.conditions_of)
 
@@ -74,19 +96,39 @@ def train_arms(room: Room, recipe: Any, run: RunFolder) -> None:
 def train_arm(room: Room, recipe: Any, run: RunFolder, stage_name: str, objective: ObjectiveSpec, place: str) -> None:
     """One objective: writes ``PLACEadapter/``, ``PLACEmetrics.jsonl`` and ``PLACEcheckpoints/``."""
     inputs = {
-        "model": recipe.model,
+        "model": _model_inputs(recipe.model),
         **room.model_files(recipe),
-        "prepare": recipe.prepare,
+        "prepare": _prepare_inputs(recipe.prepare),
         "likelihood": recipe.likelihood,
         "objective": objective,
         "train": _training_inputs(recipe.train),
         "seed": recipe.seed,
         "held_out": None if recipe.evaluate.prompts else recipe.evaluate.held_out,
+        **loops.inputs_of(recipe, objective),
     }
-    scratch = (f"{place}checkpoints", f"{place}metrics.jsonl", f"{place}{LEFT_OUT}")
+    scratch = (f"{place}checkpoints", f"{place}metrics.jsonl", f"{place}{LEFT_OUT}", *loops.scratch_of(recipe, place))
     with run.stage(stage_name, inputs, after=("generate",), products=(f"{place}adapter",), scratch=scratch) as stage:
         if stage.todo:
             _train(room, recipe, run, objective, run / place if place else run.path)
+
+
+def _model_inputs(model: Any) -> dict[str, Any]:
+    """The section ``model``, without keys that came later where they are at their defaults."""
+    inputs = model.model_dump(mode="json")
+    if inputs.get("lora", {}).get("start") is None:
+        inputs.get("lora", {}).pop("start", None)
+    return inputs
+
+
+def _prepare_inputs(prepare: Any) -> dict[str, Any]:
+    """The section ``prepare``, without where its results are kept."""
+    return prepare.model_dump(mode="json", exclude={"cache_folder"})
+
+
+def cache_of(recipe: Any, run: RunFolder) -> Path:
+    """Where what can be computed again is kept: the run's own folder, or the one that the recipe's runs share."""
+    shared = getattr(recipe.prepare, "cache_folder", None)
+    return run / "cache" if shared is None else Path(shared).expanduser()
 
 
 def _training_inputs(train: TrainSettings) -> dict[str, Any]:
@@ -103,69 +145,142 @@ def _training_inputs(train: TrainSettings) -> dict[str, Any]:
 
 
 def _train(room: Room, recipe: Any, run: RunFolder, objective: ObjectiveSpec, folder: Path) -> None:
-    from polyalign.core.trainer import Trainer
-
     adapter, model = room.open_model(recipe, run, objective)
-    model = adapter.trainable(model)
-    store = room.pairs_of(run)
-    store.validate()
-    room.evaluation_conditions(recipe, store)  # refuse now, and not after the training, what evaluation would refuse
-    selected = room.select(recipe, adapter, model, store, split_pairs(recipe.evaluate, recipe.seed, store)[0])
-    training = TrainingPairs(store, selected.indices)
-    made_with = {"model": model.identity, "pairs": store.content_hash(), "objective": objective.model_dump(mode="json")}
+    model = room.trainable(recipe, adapter, model)
+    asked = room.asked_of(recipe, run)
+    asked.validate()
+    room.evaluation_conditions(recipe, asked)  # refuse now, and not after the training, what evaluation would refuse
+    made_with = {"model": model.identity, "pairs": asked.content_hash(), "objective": objective.model_dump(mode="json")}
     run.write_environment({"base": model.identity, "pairs_sha256": made_with["pairs"]})
-    algorithm = _algorithm(recipe, run, objective, adapter, model, made_with)
-    trainer = Trainer(
-        algorithm,
-        training,
-        recipe.train,
-        folder,
-        seed=recipe.seed,
-        identity=made_with,
-        tracking=recipe.tracking,
-    )
-    if trainer.accelerator.is_main_process and selected.card:
-        atomic_write(folder / LEFT_OUT, json.dumps(selected.card, indent=1) + "\n")
-    if trainer.accelerator.is_main_process and "reference" in algorithm.objective.seats:
-        room.tell_beta(adapter, model, objective, training.rows([0]))
-    trainer.run()
-    if trainer.accelerator.is_main_process:
-        adapter.export(
-            whole_model(room, recipe, run, trainer, model),
-            folder / "adapter",
+    work = _Work(room, recipe, run, objective, folder, adapter, model, made_with)
+    if loops.is_online(recipe):
+        work.in_rounds(asked)
+    else:
+        work.on_pairs(asked)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One training: what it is done with."""
+
+    room: Room
+    recipe: Any
+    run: RunFolder
+    objective: ObjectiveSpec
+    folder: Path
+    adapter: Any
+    model: Model
+    made_with: Mapping[str, Any]
+
+    def on_pairs(self, store: Any) -> None:
+        """Train on what the run folder has."""
+        from polyalign.core.objectives.table import build
+        from polyalign.core.trainer import Trainer
+
+        recipe, objective = self.recipe, self.objective
+        selected = self.room.select(
+            recipe, self.adapter, self.model, store, split_pairs(recipe.evaluate, recipe.seed, store)[0]
+        )
+        if isinstance(store, LabelStore) and build(objective).name == "sft":
+            selected = _desirable(store, selected)
+        training = TrainingPairs(store, selected.indices)
+        algorithm = self.algorithm()
+        trainer = Trainer(
+            algorithm,
+            loops.with_margins(recipe, self.run, objective, store, training),
+            recipe.train,
+            self.folder,
+            seed=recipe.seed,
+            identity=self.made_with,
+            optimizers=loops.optimizers_of(recipe, algorithm),
+            tracking=recipe.tracking,
+        )
+        main = trainer.accelerator.is_main_process
+        if main and selected.card:
+            atomic_write(self.folder / LEFT_OUT, json.dumps(selected.card, indent=1) + "\n")
+        if main:
+            self.tell_beta(training.rows([0]))
+        trainer.run()
+        if main:
+            whole = whole_model(self.room, recipe, self.run, trainer, self.model)
+            self.export(whole, {"pairs": len(training), **selected.card})
+        trainer.accelerator.wait_for_everyone()
+
+    def in_rounds(self, asked: loops.AskedPrompts) -> None:
+        """Train in rounds on samples of the policy."""
+        recipe, conditions = self.recipe, asked.conditions()
+        taken, _ = split_pairs(recipe.evaluate, recipe.seed, asked)
+
+        def select(store: PairStore) -> Sequence[int]:
+            return self.room.select(recipe, self.adapter, self.model, store, list(range(len(store)))).indices
+
+        self.tell_beta([])
+        rounds = loops.online_training(
+            recipe,
+            self.folder,
+            self.adapter,
+            self.model,
+            self.algorithm(),
+            [conditions[index] for index in taken],
+            outputs=self.room.outputs,
+            select=select,
+            identity=self.made_with,
+        ).run()
+        self.export(self.model, loops.card_of(rounds))
+
+    def export(self, whole: Model, card: Mapping[str, Any]) -> None:
+        """Write ``adapter/``; ``card`` is what its card says of the data."""
+        self.adapter.export(
+            whole,
+            self.folder / "adapter",
             card={
-                "base": model.identity,
-                "objective": made_with["objective"],
-                "train": recipe.train.model_dump(mode="json"),
-                "pairs": len(training),
-                **selected.card,
-                "pairs_sha256": made_with["pairs"],
-                "seed": recipe.seed,
+                "base": self.model.identity,
+                "objective": self.made_with["objective"],
+                "train": self.recipe.train.model_dump(mode="json"),
+                **card,
+                "pairs_sha256": self.made_with["pairs"],
+                "seed": self.recipe.seed,
             },
         )
-    trainer.accelerator.wait_for_everyone()
+
+    def tell_beta(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        from polyalign.core.objectives.table import build
+
+        if "reference" in build(self.objective).seats:
+            self.room.tell_beta(self.adapter, self.model, self.objective, rows)
+
+    def algorithm(self) -> Algorithm:
+        from polyalign.core.algorithm import DirectPreference
+        from polyalign.core.objectives.beta import AutoBeta, Beta
+        from polyalign.core.objectives.table import build
+        from polyalign.core.references import build_seat
+
+        recipe, spec, network = self.recipe, self.objective, self.model.network
+        objective, reference = build(spec), loops.reference_of(recipe)
+        identity = reference_identity(recipe, base=self.made_with["model"], pairs=self.made_with["pairs"])
+        seat = build_seat(reference, network, folder=cache_of(recipe, self.run) / "reference", identity=identity)
+        bank = reference.draws_per_pair if reference.seat == "cached" else None
+        if "partner" in objective.seats:
+            return loops.fast_and_slow(recipe, spec, self.adapter, self.model, {"reference": seat}, bank)
+        return DirectPreference(
+            self.adapter,
+            self.model,
+            objective,
+            Beta.of(spec.beta) if spec.beta.auto is None else AutoBeta(spec.beta),
+            {"reference": seat, **loops.further_seats(recipe, objective.seats, self.adapter, self.model, seat)},
+            draw_bank=bank,
+            seed=recipe.seed,
+        )
 
 
-def _algorithm(
-    recipe: Any, run: RunFolder, objective: ObjectiveSpec, adapter: Any, model: Model, made_with: Mapping[str, Any]
-) -> DirectPreference:
-    from polyalign.core.algorithm import DirectPreference
-    from polyalign.core.objectives.beta import AutoBeta, Beta
-    from polyalign.core.objectives.table import build
-    from polyalign.core.references import build_seat
-
-    reference = recipe.train.reference
-    identity = reference_identity(recipe, base=made_with["model"], pairs=made_with["pairs"])
-    seat = build_seat(reference, model.network, folder=run / "cache" / "reference", identity=identity)
-    return DirectPreference(
-        adapter,
-        model,
-        build(objective),
-        Beta.of(objective.beta) if objective.beta.auto is None else AutoBeta(objective.beta),
-        {"reference": seat},
-        draw_bank=reference.draws_per_pair if reference.seat == "cached" else None,
-        seed=recipe.seed,
-    )
+def _desirable(store: LabelStore, selected: Selected) -> Selected:
+    """Fine-tuning learns from what is good; the rest is left out, and counted."""
+    labels = store.labels()
+    kept = [index for index in selected.indices if labels[index]]
+    if not kept:
+        raise UserError(f"{store.folder}: no row is desirable, and sft learns from these alone. Take kto or bco")
+    left = len(selected.indices) - len(kept)
+    return Selected(kept, {**selected.card, **({"undesirable": left} if left else {})})
 
 
 def reference_identity(recipe: Any, *, base: str, pairs: str) -> str:
@@ -176,7 +291,7 @@ def reference_identity(recipe: Any, *, base: str, pairs: str) -> str:
         "pairs": pairs,
         "seed": recipe.seed,
         "model": recipe.model.model_dump(mode="json", exclude={"lora"}),
-        "prepare": recipe.prepare.model_dump(mode="json"),
+        "prepare": _prepare_inputs(recipe.prepare),
         "likelihood": recipe.likelihood.model_dump(mode="json"),
         "mixed_precision": recipe.train.mixed_precision,
     }
@@ -194,7 +309,7 @@ def whole_model(room: Room, recipe: Any, run: RunFolder, trainer: Trainer, model
     assert last is not None  # the last step is always saved
     on_cpu = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cpu"})})
     adapter, whole = room.open_model(on_cpu, run, None)
-    whole = adapter.trainable(whole)
+    whole = room.trainable(recipe, adapter, whole)
     whole.network.load_state_dict(last.weights("policy"), strict=False)
     return whole
 

@@ -208,7 +208,8 @@ class OnlineTraining:
             if not len(data):
                 _tell_end(number, rounds)
                 break
-            if reached < after + self._steps and self._trainer(data, after).run().stopped:
+            # A round that is finished is loaded, since its weights may be the last, or train.stop may have ended the training.
+            if reached <= after + self._steps and self._trainer(data, after).run().stopped:
                 break
         return rounds
 

@@ -15,6 +15,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write, disk_full_explained
 from polyalign.core.randomness import seed_of
 from polyalign.core.run import RunFolder
+from polyalign.modalities import loops
 from polyalign.modalities.arms import Room, refuse_unless_trained
 from polyalign.modalities.fingerprints import fingerprint, judge_files, listed
 
@@ -35,8 +36,9 @@ def refuse_unfit_judges(recipe: Any, outputs: str) -> None:
     evaluate together."""
     from polyalign.evaluation import judges
 
-    judges.refuse_other_outputs([judge.name for judge in (*recipe.pairs.judges, *recipe.evaluate.judges)], outputs)
-    for judge in (*recipe.pairs.judges, *recipe.evaluate.judges):
+    named = [judge for _, judge in loops.judges_of(recipe)]
+    judges.refuse_other_outputs([judge.name for judge in named], outputs)
+    for judge in named:
         if judge.name in judges.JUDGES or judge.name not in judges.names():
             judges.build(judge)  # ours read no weights yet; an unknown name raises, and says which there are
     judges.refuse_unfit([judges.panel([judge]) for judge in recipe.evaluate.judges if judge.name in judges.JUDGES])
@@ -64,9 +66,10 @@ def refuse_objectives(recipe: Any, offer: Offer) -> None:
     from polyalign.core.objectives.table import build
 
     train = recipe.train
+    loops.refuse(recipe)
     plan = Plan(train.reference.seat, cut=train.micro_batch_size < train.batch_size)
-    for key, spec in {"objective": recipe.objective, **{f"arms.{name}": arm for name, arm in recipe.arms.items()}}.items():
-        refuse_unless_served(build(spec), offer, plan, key=key)
+    for key, spec in loops.specs_of(recipe).items():
+        refuse_unless_served(build(spec), loops.widened(offer, recipe), plan, key=key)
 
 
 def refuse_several_processes(verb: str, run: RunFolder, *, modality: str) -> None:
@@ -91,6 +94,9 @@ def generate(room: Room, recipe: Any, run: RunFolder, *, formats: Mapping[str, F
     ``formats`` is the table of the modality's formats, ``samples_of`` what samples of the base depend on besides its files.
     """
     pairs = recipe.pairs
+    if loops.is_online(recipe):
+        _ask(room, recipe, run)
+        return
     inputs: dict[str, Any] = {"pairs": pairs.inputs(), "seed": recipe.seed, "source": fingerprint(pairs.location)}
     inputs |= judge_files(pairs.judges) | listed(pairs.source, pairs.location, formats)
     if pairs.sampled:
@@ -100,12 +106,21 @@ def generate(room: Room, recipe: Any, run: RunFolder, *, formats: Mapping[str, F
             _generate(room, recipe, run, formats)
 
 
+def _ask(room: Room, recipe: Any, run: RunFolder) -> None:
+    """Where the training makes its own pairs: writes ``prompts.jsonl``, what its rounds ask."""
+    prompts = recipe.pairs.prompts
+    inputs = {"prompts": prompts, "seed": recipe.seed, "source": fingerprint(recipe.pairs.location)}
+    with run.stage("generate", inputs, products=(loops.PROMPTS,)) as stage:
+        if stage.todo:
+            loops.AskedPrompts.write(run / loops.PROMPTS, room.conditions_of(prompts, recipe.seed))
+
+
 def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, Format]) -> None:
     from polyalign.datasets.formats.own_samples import Drawing
     from polyalign.evaluation.judges import panel
     from polyalign.modalities.generation import GenerationSettings, generate_pairs, read_pairs
 
-    pairs, store, sampler = recipe.pairs, room.pairs_of(run), recipe.sampler.model_dump(mode="json")
+    pairs, store, sampler = recipe.pairs, room.pairs_of(recipe, run), recipe.sampler.model_dump(mode="json")
     if not pairs.sampled:
         read_pairs(pairs, store, formats)
         return
@@ -150,10 +165,11 @@ def evaluate(
     inputs = {
         **room.model_files(recipe),
         "sampler": recipe.sampler,
-        "evaluate": recipe.evaluate,
+        "evaluate": _evaluation_inputs(recipe.evaluate),
         "seed": recipe.seed,
         "prompts": fingerprint(prompts.file if prompts else None),
         **judge_files(recipe.evaluate.judges),
+        **_reward_inputs(recipe.evaluate),
     }
     after = ("generate", "train", *(f"train {name}" for name in recipe.arms))
     with run.stage("evaluate", inputs, after=after, products=("samples", "evaluation.json")) as stage:
@@ -161,11 +177,30 @@ def evaluate(
             _evaluate(room, recipe, run, sampled, finish)
 
 
+def _evaluation_inputs(evaluate: Any) -> dict[str, Any]:
+    """What of ``evaluate`` the evaluation depends on. A key that came later is left out at its default, so that finished runs
+    stay finished."""
+    inputs = evaluate.model_dump(mode="json")
+    if inputs.get("rewards") is None:
+        inputs.pop("rewards", None)
+    return inputs
+
+
+def _reward_inputs(evaluate: Any) -> dict[str, Any]:
+    """Hashes of what rewards are compared on, and of the judges."""
+    rewards = loops.section(evaluate, "rewards")
+    if rewards is None:
+        return {}
+    stores = {name: fingerprint(place, endings=frozenset({".parquet"})) for name, place in rewards.splits.items()}
+    return {"reward_splits": stores, "reward_judges": judge_files(rewards.judges)}
+
+
 def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any) -> None:
     from polyalign.evaluation.judges import panel
     from polyalign.evaluation.paired import evaluate_paired
 
-    conditions = room.evaluation_conditions(recipe, room.pairs_of(run))
+    asked = room.asked_of(recipe, run)
+    conditions = room.evaluation_conditions(recipe, asked)
     seeds = [seed_of(recipe.seed, "evaluate", index) for index in range(len(conditions))]
     base, base_files = sampled("base", None, conditions, seeds)
     aligned, aligned_files = sampled("aligned", run / "adapter", conditions, seeds)
@@ -183,6 +218,7 @@ def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any
         aligned_images=aligned_files,
         arms=arms,
     )
+    report |= room.measured(recipe, run, asked)
     atomic_write(run / "evaluation.json", json.dumps(report, indent=1))
 
 

@@ -139,6 +139,11 @@ def _find_out(network: nn.Module, module: nn.Module) -> After | None:
     if len(seen) != 1 or seen[0].shape != logits.shape:
         return None
     product = seen[0].double()
+    if bool(product.isnan().any()):
+        raise UserError(
+            "the model gives NaN as logits of two tokens: its weights are damaged, or float16 is too narrow for it. Take "
+            "another base, or set dtype: bfloat16 or float32"
+        )
     tolerance = 32.0 * torch.finfo(seen[0].dtype).eps
     for after in _candidates(plain(network).config):
         expected = after.scale * product

@@ -355,6 +355,7 @@ ROWS = (
         differences="Beta does not enter the loss. The implicit reward is reported as for DPO, against zeros where no "
         "reference is scored.",
         parameters=SFT,
+        data=("pairs", "labels"),
         build=lambda p: Objective("sft", regularisers=(AddedSFT(1.0),)),
     ),
 )

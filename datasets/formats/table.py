@@ -121,6 +121,30 @@ TEXT_FORMATS: Mapping[str, Format] = {
     )
 }
 
+IMAGE_SOURCES: Mapping[str, Format] = {
+    **FORMATS,
+    "labels": Format(
+        "labels",
+        "path",
+        "a folder that holds liked/ and disliked/, or a file of lines with prompt, image and label",
+        "polyalign.datasets.picture_labels:import_picture_labels",
+        lists="polyalign.datasets.picture_labels:listed",
+    ),
+}
+"""What an image recipe reads: formats of pairs, and single pictures with a label."""
+
+TEXT_SOURCES: Mapping[str, Format] = {
+    **TEXT_FORMATS,
+    "labels": Format(
+        "labels",
+        "path",
+        "a file or folder of rows with prompt, completion and label",
+        "polyalign.datasets.labels:import_labels",
+    ),
+}
+"""What a text recipe reads: formats of pairs, and single answers with a label, which are no pairs and have a store of their
+own."""
+
 
 def checked_options(name: str, options: Mapping[str, Any], formats: Mapping[str, Format] = FORMATS) -> dict[str, Any]:
     """The options of a format, ready for its importer.

@@ -80,7 +80,7 @@ class TextRows(Source):
         prompt_ends: str | None = None,
     ):
         self.path, self.columns, self.whole, self.prompt_ends = path, columns, whole, prompt_ends
-        self.lines, self.files = _files(path, split)
+        self.lines, self.files = data_files(path, split)
         if not self.lines:
             parquet_files.require_columns(self.files, columns[1:])
 
@@ -93,21 +93,9 @@ class TextRows(Source):
         return sum(count(file) for file in self.files.values())
 
     def entries(self, start: int) -> Iterator[Entry]:
-        for number, (name, place, given) in enumerate(self._rows(start), start):
+        for number, (name, place, given) in enumerate(rows_of(self.lines, self.files, start), start):
             where = place if self.lines else f"{name} {place}"
             yield entry(where, self._read, f"{number:08d}", {"file": name, "place": place}, given)
-
-    def _rows(self, start: int) -> Iterator[tuple[str, str, Any]]:
-        """(file, place in it, what stands there) from row ``start`` of all files on."""
-        if not self.lines:
-            yield from ((name, f"row {row}", stored) for name, row, stored in parquet_files.rows(self.files, start))
-            return
-        before = 0
-        for name, file in self.files.items():
-            count = text_lines.count_objects(file) if len(self.files) > 1 else start + 1
-            if before + count > start:
-                yield from ((name, place, given) for place, _, given in text_lines.objects(file, max(start - before, 0)))
-            before += count
 
     def _read(self, pair_id: str, origin: dict[str, Any], given: Any) -> Outcome:
         row = text_lines.as_object(given) if self.lines else given
@@ -115,7 +103,20 @@ class TextRows(Source):
         return Outcome([Pair(pair_id, condition, chosen, rejected, origin)])
 
 
-def _files(path: Path, split: str | None) -> tuple[bool, dict[str, Path]]:
+def rows_of(lines: bool, files: dict[str, Path], start: int) -> Iterator[tuple[str, str, Any]]:
+    """(file, place in it, what stands there) from row ``start`` of all ``files`` on; ``lines``: they are of JSON objects."""
+    if not lines:
+        yield from ((name, f"row {row}", stored) for name, row, stored in parquet_files.rows(files, start))
+        return
+    before = 0
+    for name, file in files.items():
+        count = text_lines.count_objects(file) if len(files) > 1 else start + 1
+        if before + count > start:
+            yield from ((name, place, given) for place, _, given in text_lines.objects(file, max(start - before, 0)))
+        before += count
+
+
+def data_files(path: Path, split: str | None) -> tuple[bool, dict[str, Path]]:
     """Whether the data are JSON objects, and their files by name, in order."""
     if path.suffix.lower() in LINES and not path.is_dir():
         if not path.is_file():
@@ -144,16 +145,19 @@ def pair_of_row(
     prompt_column, *sides = columns
     missing = [f"'{side}'" for side in sides if row.get(side) is None]
     if missing:
-        found = ", ".join(repr(str(name)) for name in row) or "nothing"
-        raise ValueError(f"no column {' and no '.join(missing)}; found {found}")
+        found = ", ".join(repr(str(name)) for name in row if row[name] is not None) or "nothing"
+        empty = ", ".join(side for side in missing if side in map(repr, row))
+        raise ValueError(
+            f"no column {' and no '.join(missing)}; found {found}{f'; there is nothing in {empty}' if empty else ''}"
+        )
     prompt, (chosen, rejected) = row.get(prompt_column), (row[side] for side in sides)
     if chosen == rejected:
         raise ValueError(f"columns '{sides[0]}' and '{sides[1]}' are the same, so nothing is preferred")
     if isinstance(chosen, list) != isinstance(rejected, list):
-        raise ValueError(f"column '{sides[0]}' is a {_kind(chosen)} and column '{sides[1]}' a {_kind(rejected)}")
+        raise ValueError(f"column '{sides[0]}' is a {kind_words(chosen)} and column '{sides[1]}' a {kind_words(rejected)}")
     if isinstance(chosen, list):
         turns, answers = _of_conversations(prompt, chosen, rejected, columns)
-        own: dict[str, Any] = {"prompt": _last_of_user(turns, prompt_column), "messages": turns}
+        own: dict[str, Any] = {"prompt": last_of_user(turns, prompt_column), "messages": turns}
     else:
         text, answers = _of_texts(prompt, chosen, rejected, columns, whole, prompt_ends)
         own = {"prompt": text}
@@ -166,7 +170,7 @@ def pair_of_row(
     return {**condition, **own}, answers[0], answers[1]
 
 
-def _kind(value: Any) -> str:
+def kind_words(value: Any) -> str:
     return "list of turns" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__
 
 
@@ -175,7 +179,7 @@ def _of_texts(
 ) -> tuple[str, tuple[str, str]]:
     for column, value in zip(columns, (prompt, chosen, rejected), strict=True):
         if not isinstance(value, str) and (value is not None or column != columns[0]):
-            raise ValueError(f"column '{column}' must be text, as the others are, found {_kind(value)}")
+            raise ValueError(f"column '{column}' must be text, as the others are, found {kind_words(value)}")
     if prompt is None:
         prompt = _shared_text(chosen, rejected, columns, prompt_ends)
         whole = True
@@ -215,9 +219,9 @@ def _of_conversations(
     prompt: Any, chosen: Any, rejected: Any, columns: tuple[str, str, str]
 ) -> tuple[list[dict[str, str]], tuple[str, str]]:
     """The turns before the answer, and the two answers."""
-    sides = [_turns(value, column) for column, value in zip(columns[1:], (chosen, rejected), strict=True)]
+    sides = [turns_of(value, column) for column, value in zip(columns[1:], (chosen, rejected), strict=True)]
     if isinstance(prompt, list):
-        turns = _turns(prompt, columns[0])
+        turns = turns_of(prompt, columns[0])
     else:
         turns = _shared_turns(*sides)
         if not turns:
@@ -232,13 +236,15 @@ def _of_conversations(
             )
     if turns and turns[-1]["role"] == "assistant":
         raise ValueError(f"column '{columns[0]}': the prompt ends with an assistant's turn, so there is nothing to answer")
-    return turns, (_answer(sides[0], turns, columns[1]), _answer(sides[1], turns, columns[2]))
+    return turns, (answer_after(sides[0], turns, columns[1]), answer_after(sides[1], turns, columns[2]))
 
 
-def _turns(value: Any, column: str) -> list[dict[str, str]]:
+def turns_of(value: Any, column: str) -> list[dict[str, str]]:
     """A list of turns, each with role and content and nothing else."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"column '{column}' must be a list of turns, found {'an empty list' if value == [] else _kind(value)}")
+        raise ValueError(
+            f"column '{column}' must be a list of turns, found {'an empty list' if value == [] else kind_words(value)}"
+        )
     turns = []
     for place, turn in enumerate(value):
         parts = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
@@ -257,7 +263,7 @@ def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> list[dict
     return [dict(turn) for turn in chosen[:count]]
 
 
-def _answer(side: Sequence[Turn], turns: Sequence[Turn], column: str) -> str:
+def answer_after(side: Sequence[Turn], turns: Sequence[Turn], column: str) -> str:
     """The assistant's turn that ``side`` is, or that it ends with after the prompt's ``turns``."""
     rest = side
     if side[0]["role"] != "assistant" or len(side) > 1:
@@ -273,7 +279,7 @@ def _answer(side: Sequence[Turn], turns: Sequence[Turn], column: str) -> str:
     return rest[0]["content"]
 
 
-def _last_of_user(turns: Sequence[Turn], column: str) -> str:
+def last_of_user(turns: Sequence[Turn], column: str) -> str:
     said = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
     if not said.strip():
         raise ValueError(f"column '{column}': the conversation before the answer has no turn of a user that says something")

@@ -285,18 +285,21 @@ class Verdict:
 
 def detect(picture: np.ndarray) -> tuple[list[Thing], bool]:
     """The things in a picture (SIZE, SIZE, 3) in [0, 1], and whether they explain it (is it clean?)."""
+    matched = list(_matched(picture))
+    things = [thing for thing, _ in matched]
+    clean = all(residual <= CLEAN_OBJECT for _, residual in matched)
+    clean &= float(np.sqrt(((picture - draw(things)) ** 2).mean())) <= CLEAN_PICTURE
+    return things, clean and len(things) > 0
+
+
+def _matched(picture: np.ndarray) -> Iterator[tuple[Thing, float]]:
+    """What explains each blob best, with its residual."""
     foreground = abs(picture - GROUND).max(-1) > FOREGROUND
     labels = np.empty(foreground.shape, dtype=np.int32)
     ndimage.label(foreground, structure=np.ones((3, 3)), output=labels)
-    things, clean = [], True
     for index, place in enumerate(ndimage.find_objects(labels), start=1):
-        if (labels[place] == index).sum() < SMALLEST:
-            continue
-        thing, residual = _best_match(picture, place)
-        things.append(thing)
-        clean &= residual <= CLEAN_OBJECT
-    clean &= float(np.sqrt(((picture - draw(things)) ** 2).mean())) <= CLEAN_PICTURE
-    return things, clean and len(things) > 0
+        if (labels[place] == index).sum() >= SMALLEST:
+            yield _best_match(picture, place)
 
 
 def _best_match(picture: np.ndarray, place: tuple[slice, slice]) -> tuple[Thing, float]:
@@ -360,12 +363,54 @@ class ShapesJudge:
             spec = parse(condition["prompt"])
         except ValueError as error:
             raise UserError(f"the judge 'shapes': {error}") from error
-        if picture.size != (SIZE, SIZE):
-            raise UserError(
-                f"the judge 'shapes' sees pictures of {SIZE} x {SIZE} pixels, found {picture.size[0]} x {picture.size[1]}"
-            )
-        things, clean = detect(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+        things, clean = detect(_pixels(picture, "shapes"))
         return Verdict(tuple(things), clean, clean and satisfies(things, spec))
 
     def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Image.Image]) -> list[float]:
         return [self.verdict(condition, picture).score for condition, picture in zip(conditions, outputs, strict=True)]
+
+
+def _pixels(picture: Image.Image, judge: str) -> np.ndarray:
+    if picture.size != (SIZE, SIZE):
+        raise UserError(
+            f"the judge '{judge}' sees pictures of {SIZE} x {SIZE} pixels, found {picture.size[0]} x {picture.size[1]}"
+        )
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+
+
+# --- as GenEval's detector ---------------------------------------------------------------------------------------------------
+
+
+def geneval_metadata(prompt: str) -> dict[str, Any]:
+    """GenEval's line of a prompt of this world: what must be there, in its form (targets of relations come first, and a count
+    excludes more).
+
+    Raises:
+        ValueError: the prompt is none that this world can speak of.
+    """
+    spec = parse(prompt)
+    if spec.task == "counting":
+        name, count = spec.shapes[0], len(spec.shapes)
+        wanted, unwanted = [{"class": name, "count": count}], [{"class": name, "count": count + 1}]
+        return {"tag": spec.task, "prompt": prompt, "include": wanted, "exclude": unwanted}
+    include: list[dict[str, Any]] = [
+        {"class": shape, "count": 1} | ({"color": colour} if colour else {})
+        for shape, colour in zip(spec.shapes, spec.colours, strict=True)
+    ]
+    if spec.relation is not None:
+        first, second = include
+        include = [second, first | {"position": [spec.relation, 0]}]
+    return {"tag": spec.task, "prompt": prompt, "include": include}
+
+
+def geneval_objects(picture: Image.Image) -> list[tuple[str, str, tuple[float, float, float, float]]]:
+    """Shape, colour and box (x0, y0, x1, y1) of every object in a picture; what no sprite explains is no object.
+
+    Raises:
+        UserError: the picture has another size than 32 x 32.
+    """
+    return [
+        (thing.shape, thing.colour, (thing.x - RADIUS, thing.y - RADIUS, thing.x + RADIUS, thing.y + RADIUS))
+        for thing, residual in _matched(_pixels(picture, "geneval"))
+        if residual <= CLEAN_OBJECT
+    ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -64,6 +66,27 @@ class ContentCache:
         path = self.folder / key[:2] / f"{key}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, save(entry))
+
+
+def size_of(folder: Path) -> tuple[int, int]:
+    """How many files a folder holds, and their bytes; those that another process removes meanwhile do not count."""
+    sizes = []
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                sizes.append(path.stat().st_size)
+    return len(sizes), sum(sizes)
+
+
+def tell_size(folder: Path) -> None:
+    """Say on the terminal what a cache has come to, if there is one."""
+    count, total = size_of(folder)
+    if count:
+        print(
+            f"cache: {total / 1e6:,.1f} MB in {count:,} files in {folder}; it may be deleted, and what is needed is made again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _bytes(entry: Entry) -> int:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from polyalign.core.config import Section
 from polyalign.core.objectives.table import DPO, ObjectiveSpec
 from polyalign.core.recipe import Fraction, JudgeConfig, PairingConfig, ReportConfig, TrackingConfig, TrainSettings
-from polyalign.datasets.formats.table import FORMATS, checked_options
+from polyalign.core.recipe_loops import OnlineConfig
+from polyalign.datasets.formats.table import IMAGE_SOURCES, checked_options
 
 ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of arms, which are also names of folders on every system."""
@@ -21,7 +22,7 @@ ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
 if TYPE_CHECKING:
     PairSource = str
 else:
-    PairSource = Literal[("generate", *FORMATS)]
+    PairSource = Literal[("generate", *IMAGE_SOURCES)]
 """Where pairs come from: made here, or in one of the formats that can be read."""
 
 
@@ -34,8 +35,9 @@ class LoraConfig(Section):
     alpha: float | None = Field(default=None, gt=0.0)
     """Scale of the update is alpha / rank; null means alpha = rank, as in the published Diffusion-DPO LoRA script."""
 
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Layers that get an update, by the end of their name; the published script takes the attention projections."""
+    targets: tuple[str, ...] | None = None
+    """Layers that get an update, by the end of their name. Null is all attention projections, as in the published scripts:
+    to_q, to_k, to_v, to_out.0, and for sd3 and flux also add_q_proj, add_k_proj, add_v_proj, to_add_out."""
 
 
 class ModelConfig(Section):
@@ -45,8 +47,13 @@ class ModelConfig(Section):
     """`tiny` (the base that comes with the package), a hub id, a diffusers folder, or a single-file checkpoint
     (.safetensors)."""
 
-    family: Literal["sd", "sdxl"] | None = None
-    """`sd` (Stable Diffusion 1.x, 2.x) or `sdxl`; null detects it, and a wrong one is refused."""
+    family: Literal["sd", "sdxl", "sd3", "flux"] | None = None
+    """`sd` (Stable Diffusion 1.x, 2.x), `sdxl`, `sd3` (3 and 3.5) or `flux` (FLUX.1); null detects it, and a wrong one is
+    refused."""
+
+    network: str | None = None
+    """A network published alone, as a folder or hub id with `unet/` or `transformer/` in it, in the place of the base's own:
+    `mhdang/dpo-sd1.5-text2image-v1` on an SD 1.5. Null is the base's own."""
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """Null takes the base's own; only a single file may need it said."""
@@ -60,6 +67,16 @@ class ModelConfig(Section):
     single_file_config: str | None = None
     """Folder or hub id with the configurations and tokenizers that a single-file checkpoint lacks."""
 
+    use_t5: bool = True
+    """False leaves out SD3's third text encoder, the largest; the model was trained to do without."""
+
+    text_tokens: int | None = Field(default=None, ge=1, le=512)
+    """Tokens that T5 reads of a caption. Null is 256 for sd3 and 512 for flux, as in diffusers; FLUX.1-schnell wants 256."""
+
+    guidance_vector: float | None = Field(default=None, ge=0.0)
+    """For FLUX.1-dev, which was distilled from a guided model: the guidance scale it is told while it is trained; what it is
+    told while it samples is `sampler.guidance`. Null is 1."""
+
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen weights."""
 
@@ -70,13 +87,20 @@ class ModelConfig(Section):
     """`auto` is the GPU if there is one."""
 
     train: Literal["lora", "full"] = "lora"
-    """A low-rank adapter, or all of the UNet."""
+    """A low-rank adapter, or all of the network."""
 
     lora: LoraConfig = LoraConfig()
     """The adapter."""
 
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    """`xformers` needs the extra of that name and a GPU."""
+    """`xformers` needs the extra of that name and a GPU, and a UNet."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that came later are left out at their defaults, so that finished runs stay finished."""
+        later = {"network": None, "use_t5": True, "text_tokens": None, "guidance_vector": None}
+        given: dict[str, Any] = serialise(self)
+        return {key: value for key, value in given.items() if key not in later or value != later[key]}
 
 
 class PrepareConfig(Section):
@@ -99,6 +123,10 @@ class PrepareConfig(Section):
 
     cache: bool = True
     """Keep latents and text states on disk, in the run folder."""
+
+    cache_folder: str | None = None
+    """Another folder for them, and for cached reference scores, which several runs may share, also at once. Everything in it is
+    named by what it was made from, and may be deleted at any time. Null: `cache/` in the run folder."""
 
 
 class TimestepsConfig(Section):
@@ -143,16 +171,17 @@ class SamplerConfig(Section):
     """How pictures are sampled, for pairs and for evaluation."""
 
     scheduler: Literal["base", "ddim", "dpmsolver++", "euler"] = "ddim"
-    """`base` is the model's own."""
+    """`base` is the model's own, and the only one for sd3 and flux (flow matching, Euler)."""
 
     steps: int = Field(default=50, ge=1)
     """Denoising steps."""
 
     guidance: float = Field(default=7.5, ge=0.0)
-    """Scale of classifier-free guidance (published comparisons: SD1.5 7.5, SDXL 5)."""
+    """Scale of classifier-free guidance (published comparisons: SD1.5 7.5, SDXL 5; diffusers: SD3 7, SD3.5-large 3.5). For
+    flux, what the network is told (FLUX.1-dev 3.5)."""
 
     negative_prompt: str | None = None
-    """What to steer away from."""
+    """What to steer away from; not for flux."""
 
     batch_size: int = Field(default=4, ge=1)
     """Pictures sampled together."""
@@ -165,7 +194,8 @@ class PromptsConfig(Section):
     """Where prompts come from: a file, or a world that comes with the package. Exactly one of the two."""
 
     file: str | None = None
-    """A .txt (a prompt a line), .jsonl or .parquet file, relative to the working directory."""
+    """A .txt (a prompt a line), .jsonl, .parquet, .tsv (PartiPrompts) or .json (HPSv2; also a folder of these) file, relative
+    to the working directory."""
 
     world: Literal["shapes"] | None = None
     """A world with an exact judge."""
@@ -193,13 +223,15 @@ class PairsConfig(Section):
     them. `suffixes`: the same in one folder, NAME_w and NAME_l. `jsonl`: a line with prompt, chosen, rejected. `pickapic`:
     Pick-a-Pic v2 parquet. `rows`: a data set with the columns prompt, chosen, rejected. `webdataset`: tar files. `rankings`:
     several ranked pictures of a prompt. `store`: a pair store. `relabel`: a pair store, its pairs turned as `judges` prefer.
-    `own_samples`: pictures with captions, preferred to what the base draws for the same captions (self-play)."""
+    `own_samples`: pictures with captions, preferred to what the base draws for the same captions (self-play). `labels`: no
+    pairs but single pictures that are liked or disliked, in `liked/` and `disliked/` with captions beside them or in lines of
+    prompt, image and label, for objectives diffusion_kto and bco, and for sft."""
 
     folder: str | None = None
     """For `folders`: what holds `chosen/` and `rejected/`; for `suffixes` and `own_samples`: what holds the pictures."""
 
     path: str | None = None
-    """For `jsonl`, `pickapic`, `rows`, `webdataset`, `rankings`: the file, or the folder of files."""
+    """For `jsonl`, `pickapic`, `rows`, `webdataset`, `rankings`, `labels`: the file, or the folder of files."""
 
     store: str | None = None
     """For `store` and `relabel`: the folder of the pair store, such as `runs/first/pairs`."""
@@ -234,25 +266,30 @@ class PairsConfig(Section):
             if self.options:
                 raise ValueError("source 'generate' has no options")
             return self
-        row = FORMATS[self.source]
+        row = IMAGE_SOURCES[self.source]
         if self.location is None:
             raise ValueError(f"source '{self.source}' needs '{row.place}', {row.what}")
         if row.needs == "judge" and not self.judges:
             raise ValueError(f"source '{self.source}' needs at least one of 'judges'")
-        checked_options(self.source, self.options)
+        checked_options(self.source, self.options, IMAGE_SOURCES)
         return self
 
     @property
     def sampled(self) -> bool:
         """Whether the base draws pictures for the pairs."""
-        return self.source == "generate" or FORMATS[self.source].needs == "drawing"
+        return self.source == "generate" or IMAGE_SOURCES[self.source].needs == "drawing"
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are single pictures with labels in the place of pairs."""
+        return self.source == "labels"
 
     @property
     def location(self) -> str | None:
         """The file or folder that the pairs, or the prompts to make them from, are read from."""
         if self.source == "generate":
             return self.prompts.file if self.prompts else None
-        return {"folder": self.folder, "path": self.path, "store": self.store}[FORMATS[self.source].place]
+        return {"folder": self.folder, "path": self.path, "store": self.store}[IMAGE_SOURCES[self.source].place]
 
     def inputs(self) -> dict[str, Any]:
         """What the pairs depend on, besides the content of ``location``. Keys that came later are left out at their defaults,
@@ -260,6 +297,17 @@ class PairsConfig(Section):
         given = self.model_dump(mode="json", exclude={"path", "store"})
         later = {"options": {}, "on_bad_row": "error"}
         return {key: value for key, value in given.items() if key not in later or value != later[key]}
+
+
+class ImplicitRewardConfig(Section):
+    """How often the aligned model's own reward agrees with the preferences that were kept aside (arXiv 2311.12908, Table 2)."""
+
+    draws: int = Field(default=10, ge=1)
+    """Draws of noise level and noise for each pair, the same for both pictures and both models; the publication takes 10. Each
+    costs two forward passes over both pictures."""
+
+    pairs: int | None = Field(default=None, ge=1)
+    """At most so many of the pairs kept aside, by a keyed choice; null is all."""
 
 
 class EvaluateConfig(Section):
@@ -276,6 +324,15 @@ class EvaluateConfig(Section):
 
     judges: tuple[JudgeConfig, ...] = Field(default=(), min_length=1)
     """The first gives the verdict, the others are shown beside it."""
+
+    implicit_reward: ImplicitRewardConfig | None = None
+    """Measure it too, on the pairs kept aside (`held_out`); evaluation.json has it under `implicit_reward`. Null: do not."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that came later is left out at its default, so that finished runs stay finished."""
+        given: dict[str, Any] = serialise(self)
+        return {key: value for key, value in given.items() if key != "implicit_reward" or value is not None}
 
 
 class ImageRecipe(Section):
@@ -314,6 +371,9 @@ class ImageRecipe(Section):
     arms: dict[str, ObjectiveSpec] = {}
     """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`. An arm's
     name is also its folder's: small letters, digits, - and _."""
+
+    online: OnlineConfig | None = None
+    """Train in rounds on samples of the policy (online DPO, iterated DPO). Null: train on the pairs as they are."""
 
     evaluate: EvaluateConfig
     """Base against aligned."""

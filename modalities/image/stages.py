@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,15 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.core.progress import ProgressLine
 from polyalign.core.run import RunFolder
-from polyalign.datasets.formats.table import FORMATS
+from polyalign.datasets.formats.table import IMAGE_SOURCES
 from polyalign.modalities import verbs
-from polyalign.modalities.arms import train_arms
+from polyalign.modalities.arms import cache_of, train_arms
 from polyalign.modalities.fingerprints import fingerprint
+from polyalign.modalities.image.cache import tell_size
 from polyalign.modalities.image.config import ImageRecipe
+from polyalign.modalities.image.rewards import keeps_pairs
 from polyalign.modalities.image.training import ROOM, open_model, open_trained
+from polyalign.modalities.loops import specs_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +38,8 @@ def refuse_early(recipe: ImageRecipe) -> None:
 
     Raises:
         UserError: no such judge; no such file of prompts to evaluate on; a reference that full training cannot have, or that
-            no recipe can load; an objective that needs more than pairs.
+            no recipe can load; an objective that needs what the recipe does not give; nothing to measure the implicit reward
+            on.
     """
     from polyalign.core.objectives.serves import Offer
 
@@ -45,7 +50,39 @@ def refuse_early(recipe: ImageRecipe) -> None:
         raise UserError(
             "train.stop watches the likeliest next tokens of a language model, and an image recipe has none. Leave it out"
         )
-    verbs.refuse_objectives(recipe, Offer("an image recipe", "timestep", frozenset({"value", "output_gradient"})))
+    data: frozenset[Any] = frozenset({"labels" if recipe.pairs.labelled else "pairs"})
+    _refuse_labels(recipe)
+    verbs.refuse_objectives(recipe, Offer("an image recipe", "timestep", frozenset({"value", "output_gradient"}), data))
+    _refuse_rounds(recipe)
+    if recipe.evaluate.implicit_reward is not None and not keeps_pairs(recipe):
+        raise UserError(
+            "evaluate.implicit_reward is measured on pairs that took no part in training, and this recipe keeps none aside: it "
+            "does so where pairs are made or read before the training and evaluate.prompts is left out (evaluate.held_out)"
+        )
+
+
+def _refuse_labels(recipe: ImageRecipe) -> None:
+    """Raises UserError for an objective that compares two pictures, where there are single ones."""
+    from polyalign.core.objectives.table import TABLE, build
+
+    if not recipe.pairs.labelled:
+        return
+    able = [name for name, row in TABLE.items() if "labels" in row.data and "timestep" in row.likelihoods]
+    for key, spec in specs_of(recipe).items():
+        objective = build(spec)
+        if "labels" not in objective.data:
+            raise UserError(
+                f"{key}: {objective.name} compares two pictures of a prompt, and pairs.source: labels has single ones. Take "
+                f"one of {', '.join(able)}, or another source"
+            )
+
+
+def _refuse_rounds(recipe: ImageRecipe) -> None:
+    """Raises UserError for what rounds have for language models alone."""
+    online = recipe.online
+    if online is not None and (online.mixture > 0.0 or online.lists):
+        key = "mixture" if online.mixture > 0.0 else "lists"
+        raise UserError(f"online.{key} is for language models, and this is an image recipe. Leave it out")
 
 
 def _base_of(recipe: ImageRecipe) -> dict[str, Any]:
@@ -59,12 +96,14 @@ def generate(recipe: ImageRecipe, run: RunFolder) -> None:
     verbs.refuse_several_processes("generate", run, modality="image")
     refuse_early(recipe)
     samples_of = {"model": _base_of(recipe), "sampler": recipe.sampler, "resolution": recipe.prepare.resolution}
-    verbs.generate(ROOM, recipe, run, formats=FORMATS, samples_of=samples_of)
+    verbs.generate(ROOM, recipe, run, formats=IMAGE_SOURCES, samples_of=samples_of)
 
 
 def train(recipe: ImageRecipe, run: RunFolder) -> None:
     """Pairs to an adapter, for the recipe's objective and for every arm: writes ``adapter/`` and ``arms/NAME/adapter/``."""
     train_arms(ROOM, recipe, run)
+    if not run.planning and os.environ.get("RANK", "0") == "0":
+        tell_size(cache_of(recipe, run))
 
 
 def evaluate(recipe: ImageRecipe, run: RunFolder) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyalign.core.run import RunFolder
+from polyalign.datasets.picture_labels import PictureLabelStore
 from polyalign.datasets.prompts import load_prompts
 from polyalign.modalities import fingerprints
-from polyalign.modalities.arms import Room, reference_identity
+from polyalign.modalities.arms import Room, cache_of, reference_identity
 from polyalign.modalities.image.config import ImageRecipe, PromptsConfig
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def settings_of(recipe: ImageRecipe, run: RunFolder, objective: ObjectiveSpec | 
     return ImageModelSettings(
         **model.model_dump(exclude={"lora"}),
         **model.lora.model_dump(),
-        **prepare.model_dump(exclude={"cache"}),
-        cache_folder=run / "cache" if prepare.cache else None,
+        **prepare.model_dump(exclude={"cache", "cache_folder"}),
+        cache_folder=cache_of(recipe, run) if prepare.cache else None,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         weighting=recipe.likelihood.weighting,
         gamma=recipe.likelihood.gamma,
@@ -67,7 +68,7 @@ def open_trained(recipe: ImageRecipe, run: RunFolder, trained: Path | None) -> t
     """The base (None), or what an export folder holds: a LoRA on the base, or a whole model."""
     if trained is not None and recipe.model.train == "full":
         # what says where in a repository, or how a single file is read, is of the base and not of the folder that was written
-        own = {"base": str(trained), "variant": None, "revision": None, "single_file_config": None}
+        own = {"base": str(trained), "network": None, "variant": None, "revision": None, "single_file_config": None}
         return open_model(recipe.model_copy(update={"model": recipe.model.model_copy(update=own)}), run)
     adapter, model = open_model(recipe, run)
     return adapter, model if trained is None else adapter.load_lora(model, trained)
@@ -88,7 +89,11 @@ def model_files(recipe: ImageRecipe) -> dict[str, Any]:
     :func:`polyalign.modalities.fingerprints.model_files`."""
     model = recipe.model
     return fingerprints.model_files(
-        {"base": str(TINY_BASE) if model.base == "tiny" else model.base, "single_file_config": model.single_file_config}
+        {
+            "base": str(TINY_BASE) if model.base == "tiny" else model.base,
+            "single_file_config": model.single_file_config,
+            **({"network": model.network} if model.network is not None else {}),
+        }
     )
 
 
@@ -97,6 +102,8 @@ def _tell_beta(adapter: ImageAdapter, model: Model, objective: ObjectiveSpec, ro
     from polyalign.core.objectives.beta import Beta
     from polyalign.core.scores import Unit
 
+    if not rows:
+        return  # rounds make their pairs later, and nothing says how large they are
     latents = adapter.prepare(model, rows, step=0).tensors["latents"]
     unit = Unit("timestep", elements=latents[0, 0].numel(), steps=model.parts["schedule"].steps)
     beta = Beta.of(objective.beta)
@@ -105,5 +112,12 @@ def _tell_beta(adapter: ImageAdapter, model: Model, objective: ObjectiveSpec, ro
     print(f"beta {beta.value:g} ({beta.convention}) is {', '.join(others)} ({size})", file=sys.stderr, flush=True)
 
 
-ROOM = Room("picture", open_model, model_files, conditions_of, _tell_beta)
+def measured(recipe: ImageRecipe, run: RunFolder, asked: Any) -> dict[str, Any]:
+    """``implicit_reward`` on the pairs that were kept aside, where the recipe asks for it."""
+    from polyalign.modalities.image.rewards import rewards_measured
+
+    return rewards_measured(recipe, run, asked)
+
+
+ROOM = Room("picture", open_model, model_files, conditions_of, _tell_beta, measured=measured, label_store=PictureLabelStore)
 """What this modality gives to the training that all share."""

@@ -34,12 +34,13 @@ class TextAdapter:
     def load(self) -> Model:
         return loading.load(self.settings)
 
-    def trainable(self, model: Model) -> Model:
-        """The model with a fresh LoRA, or with all of its network, to be trained."""
+    def trainable(self, model: Model, *, fresh: bool = True) -> Model:
+        """The model with a fresh LoRA, or with all of its network, to be trained. Not ``fresh``: it goes on with the LoRA that
+        ``load_lora`` has put there."""
         network: Any = model.network
         if self.settings.train == "full":
             network.requires_grad_(True)
-        else:
+        elif fresh:
             lora.add(network, self.settings)
         if self.settings.gradient_checkpointing:
             _checkpoint_activations(network)

@@ -22,7 +22,8 @@ from polyalign.core.recipe import (
     TrackingConfig,
     TrainSettings,
 )
-from polyalign.datasets.formats.table import TEXT_FORMATS, checked_options
+from polyalign.core.recipe_loops import FastSlowConfig, GuideConfig, MarginsConfig, OnlineConfig
+from polyalign.datasets.formats.table import TEXT_SOURCES, checked_options
 
 ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of arms, which are also names of folders on every system."""
@@ -30,10 +31,13 @@ ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
 BETA = {"value": 0.1, "convention": "nats"}
 """Beta of an objective whose own default is for squared errors: the usual value for language models."""
 
+IN_DISTRIBUTION = "in distribution"
+"""The split of ``evaluate.rewards`` that is like the training pairs."""
+
 if TYPE_CHECKING:
     PairSource = str
 else:
-    PairSource = Literal[("generate", *TEXT_FORMATS)]
+    PairSource = Literal[("generate", *TEXT_SOURCES)]
 """Where pairs come from: made here, or in one of the formats that can be read."""
 
 
@@ -51,6 +55,11 @@ class LoraConfig(Section):
 
     targets: tuple[str, ...] = ("all-linear",)
     """Layers that get an update, by the end of their name; `all-linear` is every linear layer but the LM head."""
+
+    start: str | None = None
+    """The adapter to go on from, such as an SFT run's `runs/sft/adapter`; base, samples and reference are then the model with
+    it. Its rank and layers are its own. The reference has to be `frozen`, a copy of it, or `ema` or `none`. Null: a fresh
+    one."""
 
 
 class ModelConfig(Section):
@@ -166,16 +175,34 @@ class PromptsConfig(Section):
         return self
 
 
+class ChesConfig(Section):
+    """The pairs that are most likely to pull their chosen side down, left out (arXiv 2410.08847)."""
+
+    keep: float = Field(gt=0.0, le=1.0)
+    """The share of pairs with the lowest scores that is trained on. The publication uses 0.05; up to 0.15 was similar."""
+
+    normalised: bool = True
+    """By length, as the publication does to filter; the plain score grows with length."""
+
+
+class FilterConfig(Section):
+    """Which pairs are trained on, decided before the training."""
+
+    ches: ChesConfig
+    """By the similarity of both sides' hidden states in the base."""
+
+
 class PairsConfig(Section):
     """Where preference pairs come from: made from prompts, or preferences that are there already."""
 
     source: PairSource = "generate"
     """`generate`: sample, judge, pair. `rows`: prompt, chosen, rejected as TRL's preference data have them in all their
     variants (implicit prompts, conversations), from parquet, a saved data set or JSON lines. `jsonl`: the same, from JSON
-    lines. `store`: a pair store. `relabel`: a pair store, its pairs turned as `judges` prefer."""
+    lines. `store`: a pair store. `relabel`: a pair store, its pairs turned as `judges` prefer. `labels`: no pairs but single
+    answers, rows of prompt, completion and label (true or false), for objectives kto and bco, and for sft."""
 
     path: str | None = None
-    """For `rows` and `jsonl`: the file, or the folder of files."""
+    """For `rows`, `jsonl` and `labels`: the file, or the folder of files."""
 
     store: str | None = None
     """For `store` and `relabel`: the folder of the pair store, such as `runs/first/pairs`."""
@@ -202,6 +229,9 @@ class PairsConfig(Section):
     pairing: PairingConfig = PairingConfig()
     """For `generate`: how judged answers become pairs."""
 
+    filter: FilterConfig | None = None
+    """Rank the pairs before the training, and leave some out; the data card counts them. Null: train on all."""
+
     @model_validator(mode="after")
     def _complete(self) -> PairsConfig:
         if self.source == "generate":
@@ -210,12 +240,14 @@ class PairsConfig(Section):
             if self.options:
                 raise ValueError("source 'generate' has no options")
             return self
-        row = TEXT_FORMATS[self.source]
+        row = TEXT_SOURCES[self.source]
         if self.location is None:
             raise ValueError(f"source '{self.source}' needs '{row.place}', {row.what}")
         if row.needs == "judge" and not self.judges:
             raise ValueError(f"source '{self.source}' needs at least one of 'judges'")
-        checked_options(self.source, self.options, TEXT_FORMATS)
+        checked_options(self.source, self.options, TEXT_SOURCES)
+        if self.labelled and self.filter is not None:
+            raise ValueError("'filter' ranks pairs, and source 'labels' has single answers")
         return self
 
     @property
@@ -224,15 +256,33 @@ class PairsConfig(Section):
         return self.source == "generate"
 
     @property
+    def labelled(self) -> bool:
+        """Whether there are single answers with labels in the place of pairs."""
+        return self.source == "labels"
+
+    @property
     def location(self) -> str | None:
         """The file or folder that the pairs, or the prompts to make them from, are read from."""
         if self.source == "generate":
             return self.prompts.file if self.prompts else None
-        return {"path": self.path, "store": self.store}[TEXT_FORMATS[self.source].place]
+        return {"path": self.path, "store": self.store}[TEXT_SOURCES[self.source].place]
 
     def inputs(self) -> dict[str, Any]:
         """What the pairs depend on, besides the content of ``location``."""
-        return self.model_dump(mode="json", exclude={"path", "store"})
+        return self.model_dump(mode="json", exclude={"path", "store", "filter"})
+
+
+class RewardsConfig(Section):
+    """Explicit reward models against the aligned model's implicit reward, on pairs like those of the training and on others
+    (arXiv 2409.03650)."""
+
+    judges: tuple[JudgeConfig, ...] = Field(min_length=1)
+    """The explicit rewards, such as `reward_model` with the folder that `python -m polyalign.modalities.text.reward_model`
+    wrote."""
+
+    splits: dict[str, str] = Field(min_length=1)
+    """Pair stores by name, none of which was trained on: those out of distribution, such as `prompt shift` and `response
+    shift`, and `in distribution`, which is by default the pairs that are kept aside (`evaluate.held_out`)."""
 
 
 class EvaluateConfig(Section):
@@ -252,6 +302,9 @@ class EvaluateConfig(Section):
 
     judges: tuple[JudgeConfig, ...] = Field(default=(), min_length=1)
     """The first gives the verdict, the others are shown beside it."""
+
+    rewards: RewardsConfig | None = None
+    """Compare explicit rewards with the implicit one; evaluation.json has it under `rewards`. Null: do not."""
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> EvaluateConfig:
@@ -297,6 +350,19 @@ class TextRecipe(Section):
     arms: dict[str, ObjectiveSpec] = {}
     """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`. An arm's
     name is also its folder's: small letters, digits, - and _."""
+
+    online: OnlineConfig | None = None
+    """Train in rounds on samples of the policy (online DPO, online IPO, IPO-MD, iterated DPO, listwise ADPO). Null: train on
+    the pairs as they are."""
+
+    fast_slow: FastSlowConfig | None = None
+    """For objective ofs_dpo: how its two adapters are trained. Null takes the defaults of this section."""
+
+    guide: GuideConfig | None = None
+    """For objective tgdpo: the model that guides it."""
+
+    margins: MarginsConfig | None = None
+    """For objective modpo: the judges whose rewards are its margins."""
 
     evaluate: EvaluateConfig
     """Base against aligned."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from polyalign.core.adapter_files import refuse_changed_base
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
 from polyalign.core.references import adapter_layers
@@ -101,7 +102,7 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors of a LoRA in peft's format.
 
     Raises:
-        UserError: no such files, weights in a pickle, damaged ones, or an adapter of another kind.
+        UserError: no such files, weights in a pickle, damaged ones, an adapter of another kind, or one that changes the base.
     """
     weights = folder / WEIGHTS_FILE
     if not (folder / CONFIG_FILE).is_file():
@@ -117,6 +118,7 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         raise UserError(f"the LoRA in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder / CONFIG_FILE} describes a {type(config).__name__}; only LoRA is trained and loaded here")
+    refuse_changed_base(config, folder)
     return config, tensors
 
 

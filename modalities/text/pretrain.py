@@ -82,6 +82,7 @@ class Data:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings
+        self.pad, self.end = (int(tokenizer.get_vocab()[token]) for token in (tiny.PAD, tiny.END))
         self.window: tuple[int, list[list[tuple[list[int], int]]]] = (-1, [])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ class Data:
             self.window = (number, self._batches(number))
         rows = self.window[1][place]
         longest = max(len(ids) for ids, _ in rows)
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        ids = torch.full((len(rows), longest), self.pad)
         labels = torch.full((len(rows), longest), IGNORED)
         for index, (row, prompt) in enumerate(rows):
             ids[index, : len(row)] = labels[index, : len(row)] = torch.tensor(row)
@@ -110,7 +111,7 @@ class Data:
         """Ids of prompt, summary and end, and the prompt's length."""
         first = self.tokenizer(prompt, add_special_tokens=False).input_ids
         second = self.tokenizer(summary, add_special_tokens=False).input_ids
-        return [*first, *second, self.tokenizer.eos_token_id], len(first)
+        return [*first, *second, self.end], len(first)
 
 
 class Training:
@@ -187,12 +188,13 @@ class Training:
 def summaries(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int) -> list[str]:
     """One sample at temperature 1 for each prompt."""
     tokenizer.padding_side = "left"
+    sampler: Any = network  # transformers' annotations of generate ask for attributes that its models do not declare
     texts: list[str] = []
     for start in range(0, len(prompts), 100):
         inputs = tokenizer(list(prompts[start : start + 100]), padding=True, add_special_tokens=False, return_tensors="pt")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + start)
-            made: Any = network.generate(
+            made = sampler.generate(
                 input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=True, top_k=0, max_new_tokens=220
             )
         texts += tokenizer.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)

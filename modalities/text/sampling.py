@@ -29,6 +29,7 @@ from polyalign.modalities.text.loading import autocast, plain
 from polyalign.modalities.text.settings import TextModelSettings
 
 Progress = Callable[[int, int], None]
+SHOWN = 16  # tokens of a prompt in a message, which tell it from others where a caller asks in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,16 @@ def _next(runners: Sequence[_Runner], ids: Tensor, mask: Tensor, mixture: Mixtur
 
 
 def _chosen(log_probabilities: Tensor, generators: Sequence[torch.Generator], settings: TextModelSettings) -> Tensor:
-    """The next token (B,), on the CPU."""
+    """The next token (B,), on the CPU.
+
+    Raises:
+        UserError: the model gives no numbers, of which the first id would win each time.
+    """
+    if bool(log_probabilities.isnan().any()):
+        raise UserError(
+            "the model gives NaN as the probabilities of the next token: its weights are damaged, a training has diverged, or "
+            "float16 is too narrow for it. Take an earlier checkpoint or another base, or set dtype: bfloat16 or float32"
+        )
     race = exponentials(generators, log_probabilities.shape[-1]).to(log_probabilities.device)
     return pick(log_probabilities, race, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p).cpu()
 
@@ -200,9 +210,11 @@ def _refuse_too_long(model: Model, settings: TextModelSettings, questions: Seque
     longest = max(range(len(questions)), key=lambda place: len(questions[place].ids))
     length = len(questions[longest].ids)
     if length + settings.max_new_tokens > positions:
+        begins = model.parts["tokenizer"].decode(questions[longest].ids[:SHOWN])
         raise UserError(
             f"condition {longest}: its prompt has {length} tokens, which with max_new_tokens ({settings.max_new_tokens}) is "
-            f"more than the model's {positions} positions. Prompts are not cut: shorten it, or lower max_new_tokens."
+            f"more than the model's {positions} positions. Prompts are not cut: shorten it, or lower max_new_tokens. It begins "
+            f"with {begins!r}."
         )
 
 

@@ -12,11 +12,12 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.core.progress import ProgressLine
 from polyalign.core.run import RunFolder
-from polyalign.datasets.formats.table import TEXT_FORMATS
+from polyalign.datasets.formats.table import TEXT_SOURCES
 from polyalign.modalities import verbs
 from polyalign.modalities.arms import train_arms
 from polyalign.modalities.fingerprints import fingerprint
-from polyalign.modalities.text.config import TextRecipe
+from polyalign.modalities.loops import specs_of
+from polyalign.modalities.text.config import IN_DISTRIBUTION, TextRecipe
 from polyalign.modalities.text.training import ROOM, open_trained
 
 SCHEMA = TextRecipe
@@ -30,18 +31,84 @@ def refuse_early(recipe: TextRecipe) -> None:
     """What later stages would refuse, refused before hours have gone into earlier ones.
 
     Raises:
-        UserError: no such judge; no such file of prompts to evaluate on, or chat template; a reference that full training
-        cannot
-            have, or that no recipe can load; an objective that needs more than pairs; a beta for squared errors.
+        UserError: no such judge; no such file of prompts to evaluate on, chat template, adapter or pair store; a reference that
+            full training cannot have, or that no recipe can load; an objective that needs what the recipe does not give; a beta
+            for squared errors.
     """
     from polyalign.core.objectives.serves import Offer
 
+    if recipe.pairs.location is not None and not Path(recipe.pairs.location).exists():
+        fingerprint(recipe.pairs.location)  # it says what is missing
     verbs.refuse_unfit_judges(recipe, ROOM.outputs)
     fingerprint(recipe.evaluate.prompts.file if recipe.evaluate.prompts else None)
     fingerprint(recipe.model.chat_template)
     verbs.refuse_seats(recipe, who="a text recipe", loader="TextAdapter.load_lora(model, folder, ")
-    verbs.refuse_objectives(recipe, Offer("a text recipe", "token", CAPABILITIES))
+    _refuse_start(recipe)
+    _refuse_labels(recipe)
+    data: frozenset[Any] = frozenset({"labels" if recipe.pairs.labelled else "pairs"})
+    verbs.refuse_objectives(recipe, Offer("a text recipe", "token", CAPABILITIES, data))
     _refuse_beta(recipe)
+    _refuse_rewards(recipe)
+
+
+def _refuse_start(recipe: TextRecipe) -> None:
+    """Raises UserError for an adapter to go on from that is not there, or that the reference would be without."""
+    start, reference = recipe.model.lora.start, recipe.train.reference.seat
+    if start is None:
+        return
+    fingerprint(start)
+    if recipe.model.train == "full":
+        raise UserError("model.lora.start is a LoRA to go on from, and model.train is full. Set model.train to lora")
+    if reference in ("adapter_off", "cached"):
+        raise UserError(
+            f"train.reference.seat: {reference} is the base without its LoRA, and this training begins with one "
+            "(model.lora.start). Set it to frozen, a copy of that LoRA, or to ema or none"
+        )
+    if recipe.online is not None and recipe.online.mixture > 0.0:
+        raise UserError(
+            "online.mixture mixes in the base without its LoRA, and this training begins with one (model.lora.start). Leave "
+            "one of the two out"
+        )
+
+
+def _refuse_labels(recipe: TextRecipe) -> None:
+    """Raises UserError for an objective that compares two answers, where there are single ones."""
+    from polyalign.core.objectives.table import TABLE, build
+
+    if not recipe.pairs.labelled:
+        return
+    able = [name for name, row in TABLE.items() if "labels" in row.data and "token" in row.likelihoods]
+    for key, spec in specs_of(recipe).items():
+        objective = build(spec)
+        if "labels" not in objective.data:
+            raise UserError(
+                f"{key}: {objective.name} compares two answers to a prompt, and pairs.source: labels has single ones. Take one "
+                f"of {', '.join(able)}, or another source"
+            )
+
+
+def _refuse_rewards(recipe: TextRecipe) -> None:
+    """Raises UserError where rewards would be compared on pairs that are not there, or in distribution alone."""
+    rewards = recipe.evaluate.rewards
+    if rewards is None:
+        return
+    for place in rewards.splits.values():
+        fingerprint(place)
+    if IN_DISTRIBUTION not in rewards.splits and not _keeps_pairs(recipe):
+        raise UserError(
+            f"evaluate.rewards.splits needs '{IN_DISTRIBUTION}', a pair store, since this recipe keeps no pairs aside: it does "
+            "so where pairs are made or read before the training and evaluate.prompts is left out (evaluate.held_out)"
+        )
+    if not set(rewards.splits) - {IN_DISTRIBUTION}:
+        raise UserError(
+            "evaluate.rewards.splits needs one or more pair stores out of distribution, such as 'prompt shift' or 'response "
+            "shift'"
+        )
+
+
+def _keeps_pairs(recipe: TextRecipe) -> bool:
+    """Whether some of the run's pairs take no part in training."""
+    return recipe.evaluate.prompts is None and recipe.online is None and not recipe.pairs.labelled
 
 
 def _refuse_beta(recipe: TextRecipe) -> None:
@@ -49,7 +116,7 @@ def _refuse_beta(recipe: TextRecipe) -> None:
     from polyalign.core.objectives.beta import Beta
     from polyalign.core.scores import Unit
 
-    for key, spec in {"objective": recipe.objective, **{f"arms.{name}": arm for name, arm in recipe.arms.items()}}.items():
+    for key, spec in specs_of(recipe).items():
         try:
             Beta.of(spec.beta).effective(Unit("token"))
         except UserError as error:
@@ -60,8 +127,9 @@ def _base_of(recipe: TextRecipe) -> dict[str, Any]:
     """What samples of the base depend on: the model without what is trained of it. Full training loads it in float32, and an
     adapter on 4 bits loads it in these."""
     base = recipe.model.model_dump(mode="json", exclude={"train", "lora"})
-    changed = {"full": {"dtype": "float32"}, "qlora": {"bits": 4}}
-    return base | changed.get(recipe.model.train, {})
+    changed: dict[str, Any] = {"full": {"dtype": "float32"}, "qlora": {"bits": 4}}.get(recipe.model.train, {})
+    start = recipe.model.lora.start
+    return base | changed | ({} if start is None else {"start": start})
 
 
 def generate(recipe: TextRecipe, run: RunFolder) -> None:
@@ -69,7 +137,7 @@ def generate(recipe: TextRecipe, run: RunFolder) -> None:
     verbs.refuse_several_processes("generate", run, modality="text")
     refuse_early(recipe)
     samples_of = {"model": _base_of(recipe), "sampler": recipe.sampler}
-    verbs.generate(ROOM, recipe, run, formats=TEXT_FORMATS, samples_of=samples_of)
+    verbs.generate(ROOM, recipe, run, formats=TEXT_SOURCES, samples_of=samples_of)
 
 
 def train(recipe: TextRecipe, run: RunFolder) -> None:

@@ -253,7 +253,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], generation: bool, 
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         roles = [turn["role"] for turn in messages]
         raise UserError(f"{where}: the chat template refuses a conversation of the roles {roles}: {error}") from error
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyalign.core.errors import UserError
+from polyalign.core.progress import ProgressLine
 from polyalign.core.run import RunFolder
 from polyalign.datasets.files import listed
 from polyalign.datasets.prompts import load_prompts
@@ -18,7 +20,6 @@ from polyalign.modalities.text.config import PromptsConfig, TextRecipe
 if TYPE_CHECKING:
     from polyalign.core.adapter import Model
     from polyalign.core.objectives.table import ObjectiveSpec
-    from polyalign.datasets.pairs import PairStore
     from polyalign.modalities.text.adapter import TextAdapter
     from polyalign.modalities.text.settings import TextModelSettings
 
@@ -40,7 +41,7 @@ def settings_of(recipe: TextRecipe, objective: ObjectiveSpec | None = None) -> T
     dense = [statistic for capability, statistic in DENSE.items() if capability in needs]
     return TextModelSettings(
         **model.model_dump(exclude={"lora"}),
-        **model.lora.model_dump(),
+        **model.lora.model_dump(exclude={"start"}),
         **prepare.model_dump(exclude={"on_long"}),
         **recipe.likelihood.model_dump(exclude={"top_k"}),
         dense=frozenset([*dense, *(["top_k"] if recipe.likelihood.top_k or recipe.train.stop else [])]),
@@ -68,13 +69,29 @@ def open_model(
     return adapter, adapter.load()
 
 
+def open_start(
+    recipe: TextRecipe, run: RunFolder | None = None, objective: ObjectiveSpec | None = None
+) -> tuple[TextAdapter, Model]:
+    """What training begins with: the base, with the LoRA on it that ``model.lora.start`` names."""
+    adapter, model = open_model(recipe, run, objective)
+    start = recipe.model.lora.start
+    return adapter, model if start is None else adapter.load_lora(model, Path(start))
+
+
+def trainable(recipe: TextRecipe, adapter: TextAdapter, model: Model) -> Model:
+    """The model with a fresh LoRA, the one that it came with, or all of its network, to be trained."""
+    return adapter.trainable(model, fresh=recipe.model.lora.start is None)
+
+
 def open_trained(recipe: TextRecipe, trained: Path | None) -> tuple[TextAdapter, Model]:
     """The base (None), or what an export folder holds: a LoRA on the base, or a whole model."""
     if trained is not None and recipe.model.train == "full":
         own = {"base": str(trained), "revision": None}  # a revision is of the base's repository
         return open_model(recipe.model_copy(update={"model": recipe.model.model_copy(update=own)}))
+    if trained is None:
+        return open_start(recipe)
     adapter, model = open_model(recipe)
-    return adapter, model if trained is None else adapter.load_lora(model, trained)
+    return adapter, adapter.load_lora(model, trained)
 
 
 def conditions_of(prompts: PromptsConfig, seed: int) -> list[dict[str, Any]]:
@@ -108,13 +125,12 @@ def model_files(recipe: TextRecipe) -> dict[str, Any]:
     """Hashes of the files that the model is read from, as an input of stages; see
     :func:`polyalign.modalities.fingerprints.model_files`."""
     model = recipe.model
-    places = {"base": str(TINY_BASE) if model.base == "tiny" else model.base, "chat_template": model.chat_template}
+    base = str(TINY_BASE) if model.base == "tiny" else model.base
+    places = {"base": base, "chat_template": model.chat_template, "start": model.lora.start}
     return fingerprints.model_files(places, endings=MODEL_FILES)
 
 
-def pairs_that_fit(
-    recipe: TextRecipe, adapter: TextAdapter, model: Model, store: PairStore, indices: Sequence[int]
-) -> Selected:
+def pairs_that_fit(recipe: TextRecipe, adapter: TextAdapter, model: Model, store: Any, indices: Sequence[int]) -> Selected:
     """The pairs of ``indices`` that are not too long.
 
     Raises:
@@ -142,6 +158,32 @@ def pairs_that_fit(
     return Selected(kept, {"too_long": len(problems)})
 
 
+def selected(recipe: TextRecipe, adapter: TextAdapter, model: Model, store: Any, indices: Sequence[int]) -> Selected:
+    """The pairs that fit, and of these those that ``pairs.filter`` keeps.
+
+    Raises:
+        UserError: see :func:`pairs_that_fit` and :mod:`polyalign.core.pair_ranking`.
+    """
+    fitting = pairs_that_fit(recipe, adapter, model, store, indices)
+    if recipe.pairs.filter is None:
+        return fitting
+    from polyalign.core.pair_ranking import ches_of_pairs, keep_lowest
+    from polyalign.modalities.text.adapter import TextAdapter
+
+    given = recipe.pairs.filter.ches
+    ranking = TextAdapter(replace(adapter.settings, dense=frozenset({"hidden"})))
+    scores: list[float] = []
+    with ProgressLine("ranking pairs by CHES", total=len(fitting.indices)) as line:
+        for start in range(0, len(fitting.indices), MEASURED):
+            rows = store.rows(list(fitting.indices[start : start + MEASURED]))
+            scores += ches_of_pairs(ranking, model, rows, normalised=given.normalised)
+            line.advance(count=len(rows))
+    kept = keep_lowest(scores, given.keep)
+    left = len(scores) - len(kept)
+    print(f"{store.folder}: {len(kept)} of {len(scores)} pairs are trained on, those with the lowest CHES", file=sys.stderr)
+    return Selected([fitting.indices[place] for place in kept], {**fitting.card, "above_ches": left})
+
+
 def _tell_beta(_adapter: Any, _model: Model, objective: ObjectiveSpec, _rows: Sequence[Mapping[str, Any]]) -> None:
     """Say what beta is on log-probabilities."""
     from polyalign.core.objectives.beta import Beta
@@ -153,5 +195,12 @@ def _tell_beta(_adapter: Any, _model: Model, objective: ObjectiveSpec, _rows: Se
     print(said, file=sys.stderr, flush=True)
 
 
-ROOM = Room("text", open_model, model_files, conditions_of, _tell_beta, pairs_that_fit)
+def measured(recipe: TextRecipe, run: RunFolder, asked: Any) -> dict[str, Any]:
+    """``implicit_reward`` on the pairs that were kept aside, where there are any, and ``rewards`` where the recipe asks."""
+    from polyalign.modalities.text.rewards import rewards_measured
+
+    return rewards_measured(recipe, run, asked)
+
+
+ROOM = Room("text", open_start, model_files, conditions_of, _tell_beta, selected, trainable, measured)
 """What this modality gives to the training that all share."""

@@ -164,3 +164,14 @@ def test_set_aside_keeps_everything(tmp_path: Path) -> None:
         moved = set_aside(tmp_path, ["checkpoints", "metrics.jsonl"])
     assert moved == ["checkpoints.stale-2"] and set_aside(tmp_path, ["checkpoints"]) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.stale-1", "checkpoints.stale-2"]
+
+
+def test_what_a_kill_left_of_a_removed_checkpoint_is_no_checkpoint_and_goes_with_the_next(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    left = tmp_path / ".step-000001.removed"
+    left.mkdir()
+    (left / "policy.optimizer.pt").write_bytes(b"half")
+    assert [found.step for found in checkpoint.complete(tmp_path)] == [2, 3] and checkpoint.damaged(tmp_path) == {}
+    save(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]

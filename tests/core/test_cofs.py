@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from polyalign.core.adapter_files import load_adapter, save_adapter
 from polyalign.core.cofs import COMBINED, Replay, choose_coefficients, combine_adapters, search
@@ -21,7 +23,7 @@ from polyalign.core.low_rank import reduce_rank
 from polyalign.core.objectives import Beta, Objective, Term
 from polyalign.core.objectives.table import SPEC
 from polyalign.core.recipe import BetaConfig
-from polyalign.core.references import AdapterOff, adapter_chosen, adapter_layers, adapter_parameters
+from polyalign.core.references import AdapterOff, FrozenCopy, adapter_chosen, adapter_layers, adapter_parameters
 from polyalign.core.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exactness"))
@@ -102,6 +104,24 @@ def test_adapters_on_different_layers() -> None:
     torch.testing.assert_close(layers["middle"].get_delta_weight(COMBINED), 2.0 * layers["middle"].get_delta_weight("second"))
 
 
+def test_other_adapters_on_further_layers_are_no_hindrance() -> None:
+    def adding(network: Any, name: str, *targets: str) -> None:
+        with torch.random.fork_rng(devices=[]):
+            network.add_adapter(name, LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False))
+
+    network: Any = get_peft_model(Denoiser(), LoraConfig(r=2, target_modules=["inwards"], init_lora_weights=False))
+    adding(network, "second", "inwards")
+    adding(network, "wide", "inwards", "outwards")
+    for names in (["default", "second"], ["default", "wide"], ["default", "second"]):  # each into the one before
+        combine_adapters(network, names, (0.5, 2.0))
+        for layer in adapter_layers(network):
+            parts = [
+                c * layer.get_delta_weight(name) for c, name in zip((0.5, 2.0), names, strict=True) if name in layer.scaling
+            ]
+            found = layer.get_delta_weight(COMBINED) if COMBINED in layer.scaling else torch.zeros(())
+            torch.testing.assert_close(found, sum(parts, torch.zeros_like(found)), rtol=1e-5, atol=1e-6)
+
+
 def test_combining_leaves_the_training_as_it_was() -> None:
     network = three()
     before, trained = network(*INPUTS), {k: v.requires_grad for k, v in network.named_parameters()}
@@ -155,6 +175,7 @@ def test_search_finds_the_best_point_of_the_simplex_and_beyond_it() -> None:
     found = search(bowl((1.2, 0.7, 0.0)), 3, space="coordinates")
     assert all(abs(a - b) < 0.04 for a, b in zip(found, (1.2, 0.7, 0.0), strict=True))
     assert search(bowl((0.3,)), 1) == (1.0,)
+    assert search(lambda point: math.exp(-sum(point)), 2, space="coordinates") == (2.0, 2.0)  # more is better, for ever
 
 
 def replayed(network: Any) -> Replay:
@@ -225,6 +246,19 @@ def test_a_memory_has_pairs_of_every_domain() -> None:
         Replay(kind, kind.load(), Objective("dpo", (Term(),)), beta, seat, {"old": TinyPairs().rows([0]), "new": []})
 
 
+def test_a_memory_scores_its_reference_without_dropout_as_it_does_the_adapters() -> None:
+    kind = TinyAdapter(dropout=0.5)
+    model = kind.trainable(kind.load())
+    with torch.no_grad():
+        for weight in adapter_parameters(model.network, "default"):
+            weight.fill_(0.1)
+    assert model.network.training
+    objective, seat = Objective("dpo", (Term(),)), FrozenCopy(model.network)
+    memory = Replay(kind, model, objective, Beta.of(BetaConfig()), seat, {"all": TinyPairs().rows(range(4))})
+    assert memory.losses("default")["all"] == pytest.approx(math.log(2.0), abs=1e-7)  # the policy is its reference
+    assert model.network.training
+
+
 def test_a_combination_is_saved_as_an_ordinary_adapter(tmp_path: Path) -> None:
     network = three()
     combine_adapters(network, NAMES, (0.2, 0.5, 0.3))
@@ -259,6 +293,41 @@ def test_an_adapter_is_loaded_beside_others(tmp_path: Path) -> None:
         load_adapter(network, tmp_path / "second", "guide")
     with pytest.raises(UserError, match="set model.train to lora"):
         load_adapter(Denoiser(), tmp_path / "second", "guide")
+
+
+def llama(dtype: torch.dtype) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).to(dtype)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_half_base_does_not_round_an_adapter_and_its_file_fits_both_ways_of_peft(tmp_path: Path, wrapped: bool) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    first, second = llama(torch.float32), llama(torch.bfloat16)
+    first.add_adapter(config)
+    if wrapped:
+        second = get_peft_model(second, config)
+    else:
+        second.add_adapter(config)
+    save_adapter(first, "default", tmp_path)
+    load_adapter(second, tmp_path, "guide")
+    for ours, theirs in zip(adapter_parameters(second, "guide"), adapter_parameters(first, "default"), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_adapter_that_changes_the_base_is_refused(tmp_path: Path) -> None:
+    network = get_peft_model(llama(torch.float32), LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    odd = get_peft_model(llama(torch.float32), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    save_adapter(odd, "default", tmp_path)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    with pytest.raises(UserError, match="init_lora_weights is 'pissa', which changes the base's own weights"):
+        load_adapter(network, tmp_path, "guide")
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+    (tmp_path / "adapter_config.json").write_text("{half")
+    with pytest.raises(UserError, match=r"adapter_config.json: cannot be read"):
+        load_adapter(network, tmp_path, "guide")
 
 
 def test_all_of_it_on_what_diffusers_puts_on(tmp_path: Path) -> None:

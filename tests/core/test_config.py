@@ -346,8 +346,13 @@ def test_packaged_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: p
 
 def test_unknown_names_list_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("image/quikstart", "quickstart", "configs/image/quick_start.yaml"):
-        with pytest.raises(UserError, match=r"Did you mean image/quickstart\? Packaged recipes: .*image/quickstart"):
+    near = {
+        "image/quikstart": "image/quickstart",
+        "configs/image/sdxl_loar.yaml": "image/sdxl_lora",
+        "quickstart": "image/quickstart or text/quickstart",
+    }
+    for name, meant in near.items():
+        with pytest.raises(UserError, match=rf"Did you mean {meant}\? Packaged recipes: .*image/quickstart"):
             find_config(name)
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(UserError, match="is a folder"):

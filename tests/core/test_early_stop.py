@@ -19,6 +19,7 @@ from polyalign.core.early_stop import TopKWatch, indicators
 from polyalign.core.errors import UserError
 from polyalign.core.objectives import Outcome
 from polyalign.core.recipe import StopConfig
+from polyalign.core.tracking import figures_of
 from polyalign.core.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exactness"))
@@ -81,6 +82,11 @@ def test_the_figures_of_a_line_are_means_over_both_sides() -> None:
     line = {"top_k/entropy_chosen": 1.0, "top_k/entropy_rejected": 2.0, "top_k/mass_chosen": 0.8, "top_k/mass_rejected": 0.6}
     assert indicators(line) == (1.5, pytest.approx(0.7))
     assert indicators({"top_k/entropy_chosen": 1.0}) is None
+
+
+def test_single_candidates_are_watched_too() -> None:
+    statistics = {"top_k/entropy": torch.tensor([[1.0], [2.0]]), "top_k/mass": torch.tensor([[0.7], [0.9]])}
+    assert indicators(figures_of(statistics)) == (1.5, pytest.approx(0.8))
 
 
 class Scripted(DirectPreference):

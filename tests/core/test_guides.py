@@ -15,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from polyalign.core.adapter import Model
 from polyalign.core.adapter_files import save_adapter
-from polyalign.core.algorithm import DirectPreference
+from polyalign.core.algorithm import DirectPreference, of_length
 from polyalign.core.candidates import Batch, Candidate, Group
 from polyalign.core.errors import UserError
 from polyalign.core.likelihood.tokens import TokenSettings, score_tokens
 from polyalign.core.objectives import Beta
 from polyalign.core.objectives.table import SPEC, build
+from polyalign.core.objectives.view import View
 from polyalign.core.recipe import OptimizerConfig, ReferenceConfig, TrainSettings
 from polyalign.core.references import EMA, AdapterOff, Cached, FrozenCopy, NoReference, StartingWeights, build_seat
 from polyalign.core.scores import Scores, Unit
@@ -283,6 +284,15 @@ def test_recorded_scores_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=said):
             Recorded(values, Unit("token")).scores(kind, kind.load(), batch, None, index=1)
+
+
+def test_recorded_scores_of_more_units_than_there_are_are_not_cut() -> None:
+    longer = Scores(torch.zeros(1, 2, 3), torch.ones(1, 2, 3, dtype=torch.bool), Unit("token"))
+    assert of_length(longer, 2) is longer and of_length(longer, 5).values.shape == (1, 2, 5)
+    batch = Batch(("a",), torch.tensor([[1.0, 0.0]]))
+    policy = Scores(torch.zeros(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool), Unit("token"))
+    with pytest.raises(ValueError, match="both must be taken on the same units"):
+        View(policy, of_length(longer, 2), batch, {}, 0.1)
 
 
 # --- references that follow the policy (TR-DPO) -------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from polyalign.core.adapter import Model
 from polyalign.core.algorithm import Algorithm, DirectPreference
 from polyalign.core.candidates import Batch, Candidate, Group
+from polyalign.core.early_stop import ENTROPY, MASS, SIDES
 from polyalign.core.errors import UserError
 from polyalign.core.fast_slow import FastSlow, add_twin
 from polyalign.core.likelihood.mixture import geometric_mixture
 from polyalign.core.likelihood.tokens import TokenSettings, score_tokens
 from polyalign.core.objectives import Beta
 from polyalign.core.objectives.table import SPEC, build
-from polyalign.core.recipe import OptimizerConfig, ReferenceConfig, ScheduleConfig, TrainSettings
+from polyalign.core.recipe import OptimizerConfig, ReferenceConfig, ScheduleConfig, StopConfig, TrainSettings
 from polyalign.core.recipe_loops import OnlineConfig
 from polyalign.core.references import AdapterOff, adapters_off, build_seat
 from polyalign.core.scores import Scores
@@ -153,6 +154,7 @@ def run(
     share: float = 0.0,
     train: TrainSettings | None = None,
     kill_at: int | None = None,
+    entropies: Sequence[float] = (),
 ) -> tuple[Letters, Any, list[Round]]:
     kind, train = Letters(), train or train_settings()
     model = kind.trainable(kind.load())
@@ -166,6 +168,9 @@ def run(
         algorithm = DirectPreference(kind, model, build(spec), Beta.of(spec.beta), {"reference": seat})
     if kill_at is not None:
         kill(algorithm, kill_at)
+    if entropies:
+        figures = iter([{f"{ENTROPY}_{side}": entropy for side in SIDES} for entropy in entropies])
+        algorithm.figures = lambda: next(figures) | {f"{MASS}_{side}": 0.9 for side in SIDES}
     sampler = MixtureSampler(kind, share) if share else None
     rounds = OnlineTraining(
         kind,
@@ -278,10 +283,21 @@ def test_a_kill_while_training_loses_nothing(tmp_path: Path, step: int, loop: st
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
 
 
-def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_done_again_and_gives_its_weights(tmp_path: Path) -> None:
     _, first, rounds = run(tmp_path, train=train_settings(steps=8))
-    kind, _, again = run(tmp_path, train=train_settings(steps=8))
-    assert kind.sampled == 0 and again == rounds and weights(first)
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    kind, second, again = run(tmp_path, train=train_settings(steps=8))
+    assert kind.sampled == 0 and again == rounds and (tmp_path / "metrics.jsonl").read_bytes() == lines
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
+
+
+def test_a_run_that_was_stopped_at_the_end_of_a_round_stays_stopped(tmp_path: Path) -> None:
+    stop = StopConfig(every=1, patience=1, smoothing=0.0)
+    options: dict[str, Any] = {"train": train_settings(steps=8, stop=stop), "entropies": [1.0, 2.0, 3.0, 2.5]}
+    _, first, rounds = run(tmp_path, **options)
+    kind, second, again = run(tmp_path, **options)
+    assert len(rounds) == 2 and again == rounds and kind.sampled == 0
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
 
 
 def test_an_optimiser_that_is_reset_gives_other_weights(tmp_path: Path) -> None:

@@ -192,6 +192,22 @@ def test_a_cache_answers_without_the_network_and_survives_on_the_disk(tmp_path: 
     assert adapter.scored == scored + 2
 
 
+def test_a_score_that_was_kept_stays_whatever_batch_its_pair_comes_in(tmp_path: Path) -> None:
+    """In other batches its last bits would differ; here another perturbed network stands for them."""
+    adapter, model, batch, draws = setting(lora=False)
+    seat = Cached(FrozenCopy(model.network), ScoreCache(tmp_path, "a"))
+    first = scores_of(seat, adapter, model, batch[:2], adapter.draws(model, batch[:2], step=1), 0).values
+    seat.state_dict()
+    assert isinstance(seat.seat, FrozenCopy)
+    perturb(seat.seat.network)
+    mixed = scores_of(seat, adapter, model, batch, draws, 0).values
+    assert torch.equal(mixed[:2], first)
+    seat.state_dict()
+    for cache in (seat.cache, ScoreCache(tmp_path, "a")):
+        found = cache.get(batch.group_ids, 0)
+        assert found is not None and torch.equal(found.values, mixed)
+
+
 def test_a_cache_of_the_starting_weights_refuses_once_they_are_gone(tmp_path: Path) -> None:
     adapter, model, batch, draws = setting(lora=False)
     seat = Cached(StartingWeights(), ScoreCache(tmp_path, "a"))

@@ -325,3 +325,11 @@ class TestHeads:
     def test_a_model_without_a_head_is_refused(self) -> None:
         with pytest.raises(UserError, match="LlamaModel has no LM head"):
             score_tokens(model_of("Llama").model, batch(), PLAIN)
+
+
+def test_a_network_that_gives_no_numbers_is_refused_in_words() -> None:
+    network = model_of("Llama")
+    with torch.no_grad():
+        network.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="gives NaN as logits"):
+        score_tokens(network, batch(), PLAIN)

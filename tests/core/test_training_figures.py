@@ -57,3 +57,8 @@ def test_errors_have_no_figures_of_tokens() -> None:
     seats = {"policy": scores([[-1.0, -3.0], [-4.0, 0.0]], "timestep")}
     found = with_likelihood_figures(Outcome(torch.zeros(1), {"margin": torch.tensor([0.5])}), seats).statistics
     assert not any(name.startswith(("tokens", "logps")) for name in found) and "margins/size" in found
+
+
+def test_a_single_candidate_has_no_figures_of_another_one() -> None:
+    found = figures_of({"reward": torch.tensor([[1.0], [2.0]]), "logps/policy": torch.tensor([[-1.0], [-3.0]])})
+    assert found == {"rewards/chosen": 1.5, "logps/policy_chosen": -2.0}

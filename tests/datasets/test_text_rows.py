@@ -288,3 +288,8 @@ def test_every_text_format_has_an_importer():
     for name in TEXT_FORMATS:
         assert checked_options(name, {}, TEXT_FORMATS) == {}
     assert set(TEXT_FORMATS) <= set(FORMATS), "the names mean the same for pictures and texts"
+
+
+def test_a_column_that_holds_nothing_is_not_listed_as_found() -> None:
+    with pytest.raises(ValueError, match=r"no column 'chosen'; found 'prompt', 'rejected'; there is nothing in 'chosen'$"):
+        pair_of_row({"prompt": "p", "chosen": None, "rejected": "b"})

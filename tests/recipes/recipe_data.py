@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ from polyalign.core.cli import main
 from polyalign.datasets.pictures import encode_png
 
 PAIRS = 12
+SIDES = ("chosen", "rejected")
 
 
 def provide(recipe: Any) -> None:
     """Put what ``recipe`` reads into the working directory: pairs in its format, and the folders that its judges look at."""
     pairs = recipe.pairs
+    if recipe.modality == "text":
+        texts(recipe)
+        return
     if pairs.source == "folders":
         folders(Path(pairs.folder))
     if pairs.source == "pickapic":
         pickapic(Path(pairs.path))
+    if pairs.source == "labels":
+        liked(Path(pairs.path))
+    if pairs.source == "generate" and pairs.prompts.file is not None:
+        lines(pairs.prompts.file, [f"a red circle, number {index}" for index in range(PAIRS)])
     if pairs.source == "relabel":
         pickapic(Path("pickapic_v2"))
         assert main(["generate", "image/diffusion_dpo_sd15"]) == 0, "the recipe that says where its pairs come from"
@@ -44,6 +53,15 @@ def folders(place: Path) -> None:
         (place / "chosen" / f"{index}.txt").write_text(f"a red circle, number {index}", encoding="utf-8")
 
 
+def liked(place: Path) -> None:
+    """liked/ and disliked/, each picture with its caption."""
+    for index in range(PAIRS):
+        for side, content in zip(("liked", "disliked"), sides(index), strict=True):
+            (place / side).mkdir(parents=True, exist_ok=True)
+            (place / side / f"{index}.png").write_bytes(content)
+            (place / side / f"{index}.txt").write_text(f"a red circle, number {index}", encoding="utf-8")
+
+
 def pickapic(place: Path) -> None:
     """One file of the split ``train``, in the published columns, with one tie more."""
     place.mkdir(parents=True, exist_ok=True)
@@ -54,3 +72,70 @@ def pickapic(place: Path) -> None:
         rows.append({"jpg_0": first, "jpg_1": second, "label_0": float(index % 2), "caption": f"a red circle, number {index}"})
     tie = {**rows[0], "label_0": 0.5}
     parquet.write_table(pa.Table.from_pylist([*rows, tie]), place / "train-00000-of-00001.parquet")
+
+
+# --- texts --------------------------------------------------------------------------------------------------------------------
+
+
+def texts(recipe: Any) -> None:
+    """Preferences, labels, prompts, and the folders that a text recipe names, here with a file that only stands for them."""
+    pairs = recipe.pairs
+    lines("my_rows.jsonl", [preference(index) for index in range(PAIRS)])
+    if pairs.location is not None:
+        place = Path(pairs.location)
+        if place.suffix:
+            rows = {"generate": asked, "labels": labelled, "rows": preference}[pairs.source]
+            lines(pairs.location, [rows(index) for index in range(PAIRS)])
+        else:
+            conversations(place / f"{pairs.options['split']}-00000-of-00001.parquet")
+    if pairs.location is not None and "clinical_notes" in pairs.location:
+        lines("clinical_notes/sft.jsonl", [labelled(index, told=False) for index in range(PAIRS)])
+        lines("clinical_notes/prompts-heldout.jsonl", [asked(index) for index in range(100, 103)])
+        lines("clinical_notes/lexicon.json", [{}])
+    named = [recipe.guide.folder] if recipe.guide is not None else []
+    named += [recipe.model.lora.start] if recipe.model.lora.start is not None else []
+    for judge in (*pairs.judges, *recipe.evaluate.judges):
+        named += [judge.options["model"]] if judge.name == "reward_model" else []
+    for folder in map(Path, named):
+        if folder.exists():
+            continue  # a real one
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors"):
+            (folder / file).write_text("{}", encoding="utf-8")
+        if folder.name == "adapter":  # of a run
+            (folder.parent / "stages.json").write_text("{}", encoding="utf-8")
+
+
+def lines(place: str, rows: list[Any]) -> None:
+    """Objects a line, or bare texts."""
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def asked(index: int) -> dict[str, Any]:
+    """A prompt with what judges of summaries read."""
+    prompt = f"Question {index}: is it good?"
+    return {"prompt": prompt, "source": prompt, "reference": " yes, it is good"}
+
+
+def preference(index: int) -> dict[str, Any]:
+    return {**asked(index), "chosen": f" yes, it is {index}", "rejected": f" no {index} news"}
+
+
+def labelled(index: int, *, told: bool = True) -> dict[str, Any]:
+    good = index % 2 == 0 or not told
+    row = {"prompt": f"Question {index}: is it good?", "completion": " yes, it is" if good else " no news"}
+    return {**row, "label": good} if told else row
+
+
+def conversations(file: Path) -> None:
+    """As UltraFeedback has them: whole conversations, the prompt beside them as text."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(PAIRS):
+        one = preference(index)
+        said = {
+            side: [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": one[side]}] for side in SIDES
+        }
+        rows.append({"prompt": one["prompt"], **said})
+    parquet.write_table(pa.Table.from_pylist(rows), file)

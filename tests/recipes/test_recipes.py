@@ -29,7 +29,7 @@ from recipe_data import folders, pickapic, provide  # noqa: E402  # pyright: ign
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for modality in MODALITIES for path in (ROOT / "configs" / modality).glob("*.yaml"))
-PUBLISHED = ("diffusion_dpo_sd15", "diffusion_dpo_sdxl", "sft_sd15", "ai_feedback", "mapo", "sdpo")
+PUBLISHED = ("diffusion_dpo_sd15", "diffusion_dpo_sdxl", "sft_sd15", "ai_feedback", "mapo", "sdpo", "kto", "online")
 EXACT = {"shapes", "clinical"}
 """Judges that know what is right, so that one of them may make the pairs and decide as well."""
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))

@@ -67,3 +67,32 @@ def test_a_published_recipe_runs(stem: str, base: Path, tmp_path: Path, monkeypa
     if stem.startswith("diffusion_dpo"):
         assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # a policy equal to its reference, in bf16 too
         assert lines[1]["loss"] != lines[0]["loss"]
+
+
+LOOPS = {
+    "kto": ("train.optimizer.name=adamw", "train.micro_batch_size=4"),
+    "online": (
+        "model.text_tokens=null",
+        "pairs.judges=[{name: saturation}]",
+        "online={rounds: 2, prompts_per_round: 3, samples_per_prompt: 3, mode: best_worst}",
+    ),
+}
+
+
+@pytest.mark.parametrize("stem", LOOPS)
+def test_a_recipe_without_pairs_runs(stem: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels in the place of pairs, and rounds that make their own."""
+    monkeypatch.chdir(tmp_path)
+    recipe, _ = load(f"image/{stem}", [], ImageRecipe)
+    provide(recipe)
+    assert main(["align", f"image/{stem}", *SMALLER, f"model.base={base}", *LOOPS[stem], "--run", "run"]) == 0
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
+    assert json.loads((run / "evaluation.json").read_text())["items"]
+    if stem == "kto":
+        summary = json.loads((run / "pairs" / "summary.json").read_text())
+        assert (summary["desirable"], summary["undesirable"]) == (PAIRS, PAIRS)
+        assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-6)  # a policy equal to its reference
+    else:
+        assert [path.name for path in sorted((run / "rounds").iterdir())] == ["001", "002"]

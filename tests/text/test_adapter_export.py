@@ -205,3 +205,6 @@ def test_what_cannot_be_loaded(make_adapter: Make, tmp_path: Path) -> None:
     config.write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM"}))
     with pytest.raises(UserError, match="only LoRA"):
         adapter.load_lora(adapter.load(), tmp_path / "out")
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}))
+    with pytest.raises(UserError, match="init_lora_weights is 'pissa', which changes the base's own weights"):
+        adapter.load_lora(adapter.load(), tmp_path / "out")

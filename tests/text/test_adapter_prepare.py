@@ -119,6 +119,7 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_the_sequence(
     [
         ("qwen2", REWRITING, r"pair c0: .*chat template.*not the beginning of the conversation.*chat_template"),
         ("qwen2", NO_SYSTEM, r"pair c0: the chat template refuses.*\['system', 'user'\].*no system turn here"),
+        ("qwen2", "{{ 1 / 0 }}", r"pair c0: the chat template refuses.*division by zero"),
         ("llama", None, "pair c0: .*the tokenizer has no chat template"),
     ],
 )

@@ -207,3 +207,19 @@ def test_what_cannot_be_sampled(make_adapter: Make) -> None:
         adapter.sample_mixture(model, ["a"], [0], share=0.5)
     with pytest.raises(UserError, match="share of the mixture is 1.5"):
         adapter.sample_mixture(model, ["a"], [0], share=1.5)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(make_adapter: Make) -> None:
+    """NaN would win every comparison, and the first id of the vocabulary be taken each time: answers of nothing."""
+    adapter = make_adapter("llama")
+    model = adapter.load()
+    with torch.no_grad():
+        model.network.get_input_embeddings().weight.fill_(float("nan"))  # type: ignore[operator, union-attr]
+    with pytest.raises(UserError, match="gives NaN as the probabilities"):
+        adapter.sample(model, ["a"], [0])
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_words(make_adapter: Make) -> None:
+    adapter = make_adapter("llama")
+    with pytest.raises(UserError, match=r"condition 1: its prompt has .* It begins with '.*went home"):
+        adapter.sample(adapter.load(), ["a", "went home " * 2000], [0, 1])
