@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from polyalign.core.errors import UserError
 from polyalign.evaluation.kept_answers import KeptAnswers
@@ -24,6 +25,8 @@ Content = str | Sequence[Mapping[str, Any]]
 LONGEST_ANSWER = 1 << 20
 LONGEST_WAIT = 60.0
 """Bytes read of an answer; seconds between two attempts."""
+LONGEST_OPTION = 1e6
+"""No option of time or number reaches this; the clocks of the system would not take an infinity."""
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """Statuses that may be gone at the next attempt."""
 
@@ -73,19 +76,33 @@ class ChatEndpoint:
         timeout: float = 120.0,
         answers: str | None = None,
     ):
-        parts = urlsplit(str(url))
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        parts = _parts_of(str(url))
+        if (
+            parts is None
+            or parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or "@" in parts.netloc
+        ):
             raise UserError(
                 f"the judge '{judge}': url is {url!r}; give http(s)://HOST[:PORT]/PATH, such as http://127.0.0.1:8000/v1, and "
                 "a key by key_variable"
             )
         for option, value, least in (("retries", retries, 0), ("backoff", backoff, 0), ("timeout", timeout, 0.001)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise UserError(f"the judge '{judge}': {option} is {value!r}; a number from {least:g} is needed")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < LONGEST_OPTION:
+                raise UserError(
+                    f"the judge '{judge}': {option} is {value!r}; a number from {least:g}, below {LONGEST_OPTION:g}, is needed"
+                )
         if key_variable is not None and not os.environ.get(key_variable):
             raise UserError(
                 f"the judge '{judge}': key_variable is {key_variable!r}, and there is no such environment variable. Set it to "
                 "the API key"
+            )
+        if key_variable is not None and not re.fullmatch(r"[!-~]+", os.environ[key_variable]):
+            raise UserError(
+                f"the judge '{judge}': the environment variable {key_variable!r} holds a space, a line break or another sign "
+                "that no key has (it is not shown here). Set it to the API key alone"
             )
         self.judge, self.model, self.host = judge, model, parts.netloc
         self.address = f"{str(url).rstrip('/')}/chat/completions"
@@ -162,6 +179,15 @@ class ChatEndpoint:
 
     def _failed(self, why: str) -> UserError:
         return UserError(f"the judge '{self.judge}' ({self.model} at {self.host}): {why}")
+
+
+def _parts_of(url: str) -> SplitResult | None:
+    """The parts of an address; None for one with a broken host or port."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port != 0 else None
+    except ValueError:
+        return None
 
 
 def _message(answer: str) -> str:

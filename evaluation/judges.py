@@ -37,7 +37,8 @@ PICTURE_JUDGES: Mapping[str, str] = {
     "hpsv2": "polyalign.evaluation.image_judges.hps:HPSv2Judge",
     "hpsv2.1": "polyalign.evaluation.image_judges.hps:HPSv21Judge",
     "imagereward": "polyalign.evaluation.image_judges.image_reward:ImageRewardJudge",
-    "geneval": "polyalign.evaluation.image_judges.geneval:GenEvalJudge",
+    "geneval": "polyalign.evaluation.image_judges.geneval_world:geneval_judge",
+    "caption_bridge": "polyalign.evaluation.image_judges.bridge:CaptionBridgeJudge",
     "mixture": "polyalign.evaluation.image_judges.mixture:MixtureJudge",
     "http": "polyalign.evaluation.image_judges.endpoint:HttpJudge",
 }

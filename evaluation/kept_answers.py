@@ -50,14 +50,15 @@ class KeptAnswers:
         line = json.dumps({"question": key, "answer": answer}, ensure_ascii=False) + "\n"
         with self._lock, disk_full_explained(str(self.path)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            line, self._torn = ("\n" + line if self._torn else line), True  # until it is whole on the disk
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
-                file.write("\n" + line if self._torn else line)
+                file.write(line)
             self._torn, self._known[key] = False, answer
 
     def _read(self) -> None:
         try:
-            text = self.path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
+            text = self.path.read_text(encoding="utf-8", errors="replace")  # a line may be cut short inside a letter
+        except OSError as error:
             raise UserError(f"answers: {self.path} cannot be read: {error}") from error
         *lines, last = text.split("\n")
         self._torn = last != ""

@@ -123,14 +123,20 @@ class _Table:
         }
 
 
+def task_of(condition: Mapping[str, Any]) -> str | None:
+    """What a prompt is grouped by: its task, or its category in a benchmark (PartiPrompts, HPSv2)."""
+    found = condition.get("task", condition.get("category"))
+    return None if found is None else str(found)
+
+
 def by_task(
     conditions: Sequence[Mapping[str, Any]], base: Sequence[float], aligned: Sequence[float]
 ) -> dict[str, dict[str, float]]:
-    """Mean score of each task, in order of first appearance; conditions without a task make none."""
+    """Mean score of each task, in order of first appearance; conditions without a task or category make none."""
     rows: dict[str, list[int]] = {}
     for index, condition in enumerate(conditions):
-        if condition.get("task") is not None:
-            rows.setdefault(str(condition["task"]), []).append(index)
+        if (task := task_of(condition)) is not None:
+            rows.setdefault(task, []).append(index)
     return {
         task: {
             "base": float(np.mean([base[i] for i in indices])),
@@ -212,7 +218,7 @@ def _items(
         {
             "prompt": str(condition["prompt"]),
             "seed": int(seeds[index]),
-            "task": condition.get("task"),
+            "task": task_of(condition),
             "base_score": base[index],
             "aligned_score": aligned[index],
             **shown[index],

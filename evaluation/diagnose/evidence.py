@@ -103,7 +103,8 @@ def judge_weights(config: Mapping[str, Any]) -> dict[str, float]:
     pairs = config.get("pairs")
     judges = pairs.get("judges") if isinstance(pairs, Mapping) else None
     found = [judge for judge in judges if isinstance(judge, Mapping)] if isinstance(judges, list) else []
-    return {str(judge.get("name")): float(judge.get("weight", 1.0)) for judge in found}
+    weights = {str(judge.get("name")): judge.get("weight", 1.0) for judge in found}
+    return {name: float(weight) for name, weight in weights.items() if isinstance(weight, int | float)}
 
 
 def movement(metrics: Metrics | None, side: Side) -> Movement | None:

@@ -50,7 +50,12 @@ def flipped_labels(evidence: Evidence) -> Finding:
         return unknown(cause, state, rule, NO_PAIRS)
     scores = pairs.scores
     if scores.differing < LIMITS.least_pairs:
-        return unknown(cause, state, rule, f"only {scores.differing} of {pairs.pairs} pairs have two scores that differ")
+        return unknown(
+            cause,
+            state,
+            rule,
+            f"{scores.differing} of {pairs.pairs} pairs have scores that differ, fewer than {LIMITS.least_pairs}",
+        )
     share = scores.rejected / scores.differing
     return Finding(
         "noisy labels" if LIMITS.reversed_scores <= share < LIMITS.flipped_scores else cause,
@@ -138,7 +143,10 @@ def _reference_gap(evidence: Evidence) -> tuple[bool, str] | None:
         return None
     for prefix, tokens in (("logps_per_token/reference", True), ("error/reference", False)):
         if metrics.has(f"{prefix}_chosen", f"{prefix}_rejected"):
-            chosen, rejected = (float(metrics.series(f"{prefix}_{side}")[1].mean()) for side in ("chosen", "rejected"))
+            logged = [metrics.series(f"{prefix}_{side}")[1] for side in ("chosen", "rejected")]
+            if not all(len(values) for values in logged):  # single answers have no rejected side
+                continue
+            chosen, rejected = (float(values.mean()) for values in logged)
             if tokens:
                 found = f"the reference gives {chosen:.2f} nats a token to chosen and {rejected:.2f} to rejected sides"
                 return chosen - rejected >= LIMITS.off_policy_nats, found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ ALIKE = 0.3
 
 MOST_WORDS = 1500
 """Longer answers are not compared word by word, which takes time in the square of their number."""
+
+MOST_EQUAL = 12_000
+"""Pairs of equal words, one of each answer, above which they are not compared either: every step of the comparison looks at
+all of them, and an answer that says one thing over and over would take minutes."""
 
 _PIECES = re.compile(r"\s+|[^\s]+")
 
@@ -39,11 +44,14 @@ def plain(content: object) -> str:
 
 def marked(first: str, second: str) -> tuple[str, str]:
     """Both texts as HTML, with the words that the other does not have at that place marked; unmarked where they are too
-    different, equal, or very long."""
+    different, equal, very long, or full of the same few words."""
     pieces = [_PIECES.findall(one[:LONGEST]) for one in (first, second)]
     if first == second or max(map(len, pieces)) > MOST_WORDS:
         return plain(first), plain(second)
-    matcher = difflib.SequenceMatcher(None, *pieces, autojunk=False)
+    here, there = (Counter(piece for piece in side if piece.strip()) for side in pieces)
+    if sum(count * there[word] for word, count in here.items()) > MOST_EQUAL:
+        return plain(first), plain(second)
+    matcher = difflib.SequenceMatcher(str.isspace, *pieces, autojunk=False)
     common = sum(
         piece.strip() != "" for start, _, size in matcher.get_matching_blocks() for piece in pieces[0][start : start + size]
     )

@@ -289,7 +289,30 @@ def scores_and_alarms(data: ReportData) -> str:
     parts.append(_lengths(evaluation["lengths"]) if data.outputs == "text" and evaluation.get("lengths") else "")
     parts.append(_statistics(evaluation.get("artefacts") or {}) if data.outputs == "picture" else "")
     parts.append(diversity(evaluation.get("diversity") or {}))
+    parts.append(implicit_reward(evaluation.get("implicit_reward") or {}))
     return "".join(parts)
+
+
+def implicit_reward(block: Mapping[str, Any]) -> str:
+    """How often the aligned model's own reward agrees with preferences it was not trained on; empty where it was not measured.
+
+    ``block`` is what :func:`polyalign.evaluation.implicit_reward.implicit_reward_accuracy` returns.
+    """
+    if not block:
+        return ""
+    low, high = block["interval"]
+    if low > 0.5:
+        says = "it learnt something of the preference that holds for pairs it has not seen"
+    elif high < 0.5:
+        says = "it is wrong more often than chance: look whether chosen and rejected were exchanged"
+    else:
+        says = "the interval holds one half, which is chance"
+    ties = f"; {text(block['ties_left_out'])} ties were left out" if block.get("ties_left_out") else ""
+    return (
+        f"<p><b>The model's own reward</b> prefers the chosen side in {100 * block['accuracy']:.1f} % of "
+        f"{text(block['pairs'])} pairs that were kept aside (95 % interval {100 * low:.1f} to {100 * high:.1f} %): {says}.</p>"
+        + note(f"The log-likelihood ratio to the reference, the mean of {text(block['draws'])} draw(s) for each pair{ties}.")
+    )
 
 
 def diversity(block: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def rendered(tokenizer: Any, turns: list[dict[str, str]], *, generation: bool) -
         raise UserError("a condition has messages, and the tokenizer has no chat template to write them down with")
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}") from error
 

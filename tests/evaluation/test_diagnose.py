@@ -15,6 +15,7 @@ import pytest
 from polyalign.core import cli
 from polyalign.core.errors import UserError
 from polyalign.evaluation.diagnose import Diagnosis, Finding, as_markup, as_text, diagnose, write_diagnosis
+from polyalign.evaluation.diagnose.evidence import judge_weights, read_evidence
 from polyalign.evaluation.statistics import paired_win_rate
 
 STEPS = 60
@@ -317,3 +318,10 @@ def test_the_section_of_the_report_escapes_what_others_wrote(tmp_path: Path) -> 
     assert found.cause == "not a number" and "&lt;script&gt;x" in section and "<script>" not in section
     assert section.count("<li") == 1 + len(found.asked)
     assert "Nothing" in as_markup(diagnose(run_folder(tmp_path / "run2")))
+
+
+@pytest.mark.parametrize("weight", ["null", "much", "[]", "{}"])
+def test_a_weight_that_is_no_number_counts_as_none_given(tmp_path: Path, weight: str) -> None:
+    folder = run_folder(tmp_path)
+    (folder / "config.yaml").write_text(f"pairs: {{judges: [{{name: clinical, weight: {weight}}}]}}\n")
+    assert judge_weights(read_evidence(folder).report.config) == {}

@@ -27,6 +27,7 @@ NEEDED = {
     "reference_name": "folder",
     "laion_aesthetics": "head",
     "mixture": "judges",
+    "caption_bridge": "pictures",
     "http": "url",
     "text_rules": "rules",
     "reward_model": "model",

@@ -6,7 +6,7 @@ from PIL import Image
 
 from polyalign.core.errors import UserError
 from polyalign.evaluation.judges import Panel
-from polyalign.evaluation.paired import evaluate_paired
+from polyalign.evaluation.paired import by_task, evaluate_paired
 
 
 class Length:
@@ -98,3 +98,9 @@ def test_what_cannot_be_compared_is_explained():
         evaluate_paired(BASE, ALIGNED, CONDITIONS, [7, 8, 9], [], seed=0)
     with pytest.raises(UserError, match="gave nan for output 0, prompt 'p0'"):
         evaluate_paired(BASE, ALIGNED, CONDITIONS, [7, 8, 9], [Constant(math.nan)], seed=0)
+
+
+def test_a_benchmarks_category_groups_as_a_task_does():
+    conditions = [{"prompt": "a", "category": "Arts"}, {"prompt": "b", "task": "count", "category": "Arts"}, {"prompt": "c"}]
+    found = by_task(conditions, [0.0, 1.0, 0.0], [1.0, 1.0, 0.0])
+    assert found == {"Arts": {"base": 0.0, "aligned": 1.0, "n": 1}, "count": {"base": 1.0, "aligned": 1.0, "n": 1}}

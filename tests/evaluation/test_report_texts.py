@@ -155,7 +155,7 @@ def test_what_differs_is_marked() -> None:
 def test_a_very_long_answer_is_cut_on_the_page_and_says_so() -> None:
     long, other = "word " * LONGEST, "word " * LONGEST + "end"
     assert all(len(one) <= LONGEST + 1 and one.endswith("\u2026") for one in marked(long, other))
-    shorter = ("w" * 40 + " ") * 200
+    shorter = " ".join(f"{place:040}" for place in range(200))
     cut = marked(shorter, "x " + shorter)
     assert cut[1].startswith("<mark>x") and all(one.endswith("\u2026") for one in cut)
 
@@ -163,3 +163,24 @@ def test_a_very_long_answer_is_cut_on_the_page_and_says_so() -> None:
 def test_an_empty_answer_is_said() -> None:
     assert "nothing" in block(" \n") and "nothing" not in block("a")
     assert are_texts([{"base_text": ""}]) and not are_texts([{"base_image": None}]) and not are_texts([])
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [((0.6, 0.8), "that holds for pairs it has not seen"), ((0.2, 0.4), "were exchanged"), ((0.4, 0.6), "which is chance")],
+)
+def test_the_implicit_reward_is_put_into_words(interval, said):
+    from polyalign.evaluation.report.comparison import implicit_reward
+
+    block = {"accuracy": sum(interval) / 2, "interval": list(interval), "pairs": 40, "draws": 10, "ties_left_out": 2}
+    shown = implicit_reward(block)
+    assert said in shown and "40 pairs" in shown and "10 draw" in shown and "2 ties" in shown
+    assert implicit_reward({}) == ""
+
+
+def test_answers_that_say_the_same_over_and_over_are_not_compared() -> None:
+    """Every step of the comparison would look at all pairs of equal words: seconds to minutes for each card."""
+    first, second = "the cat sat on " * 185, "cat the on sat " * 185
+    assert marked(first, second) == (first, second)
+    few = "the cat sat on " * 20
+    assert "<mark>" in marked(few, few + "it")[1]

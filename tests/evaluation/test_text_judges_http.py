@@ -14,6 +14,7 @@ import pytest
 from polyalign.core.errors import UserError
 from polyalign.core.recipe import JudgeConfig
 from polyalign.evaluation import judges
+from polyalign.evaluation.kept_answers import KeptAnswers
 from polyalign.evaluation.reward_accuracy import pair_accuracy
 from polyalign.evaluation.text_judges.endpoint import HttpTextJudge
 
@@ -176,7 +177,7 @@ def test_a_file_that_is_not_of_kept_answers_is_left_alone(server: Server, tmp_pa
     for name, content, said in (
         ("notes.txt", "mine", "ends in .jsonl"),
         ("rows.jsonl", '{"prompt": "a"}\n', "line 1 is no kept answer of a judge, so the file is left alone"),
-        ("bytes.jsonl", b"\xff\xfe", "cannot be read"),
+        ("bytes.jsonl", b"\xff\xfe", "line 1 is no kept answer"),
     ):
         file = tmp_path / name
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -192,3 +193,34 @@ def test_it_takes_part_in_accuracies(server: Server) -> None:
     ]
     assert pair_accuracy(judge(server), rows).points == (0.0, 0.0, 0.5, 1.0)
     assert pair_accuracy(judge(server, mode="pairwise"), rows).points[:2] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port/v1", "http://127.0.0.1:99999/v1"])
+def test_an_address_that_is_none_is_refused_when_the_judge_is_made(url: str) -> None:
+    with pytest.raises(UserError, match="give http"):
+        HttpTextJudge(url=url, model="reader-7b")
+
+
+def test_a_key_with_a_line_break_is_refused_without_being_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("READER_KEY", "secret\n")
+    with pytest.raises(UserError, match="'READER_KEY' holds a space") as refused:
+        judge(server, key_variable="READER_KEY")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["timeout", "backoff", "retries"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_are_numbers_that_clocks_can_take(server: Server, option: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{option} is {value}"):
+        HttpTextJudge(url=server.url, model="reader-7b", **{option: value})
+
+
+def test_a_kept_answer_that_was_cut_inside_a_letter_loses_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    KeptAnswers(file).put("one", "größer")
+    torn = '{"question": "two", "answer": "gr\u00f6'.encode()[:-1]
+    file.write_bytes(file.read_bytes() + torn)
+    kept = KeptAnswers(file)
+    kept.put("three", "5")
+    again = KeptAnswers(file)
+    assert [again.get(name) for name in ("one", "two", "three")] == ["größer", None, "5"]
