@@ -353,10 +353,14 @@ def _day(admission: _Admission, text: str, column: str) -> tuple[int, datetime |
 
 
 def _moment(text: str, column: str) -> datetime:
+    wanted = f"{column} is {text!r}; a date such as 2134-03-05 or 2134-03-05 14:30:00 is needed"
     try:
-        return datetime.fromisoformat(text)
+        found = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f"{column} is {text!r}; a date such as 2134-03-05 or 2134-03-05 14:30:00 is needed") from error
+        raise ValueError(wanted) from error
+    if found.tzinfo is not None:  # does not compare with the others
+        raise ValueError(f"{wanted}, without a time zone")
+    return found
 
 
 def _rank(text: str) -> int:

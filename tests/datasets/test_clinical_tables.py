@@ -15,7 +15,7 @@ from polyalign.datasets.clinical import rows, write_tables
 from polyalign.datasets.clinical.corruption import corrupt
 from polyalign.datasets.clinical.instructions import INSTRUCTIONS, instruction_prompt, styles
 from polyalign.datasets.clinical.layout import COLUMNS
-from polyalign.datasets.clinical.mimic import MimicReader
+from polyalign.datasets.clinical.mimic import MimicReader, _moment
 from polyalign.datasets.clinical.stay import Event, prompt_of, stay_of
 from polyalign.datasets.clinical.tables import Table, Tally
 from polyalign.datasets.formats.text_rows import import_text_rows
@@ -414,3 +414,9 @@ def test_command_lines(tmp_path, capsys):
     assert rows.main([str(tmp_path / "t"), str(tmp_path / "r")]) == 2
     assert "error: " in capsys.readouterr().err
     assert write_tables.main([str(tmp_path / "u"), "--count", "0"]) == 2
+
+
+def test_a_moment_with_a_time_zone_is_refused() -> None:
+    """It would not compare with the others, which have none."""
+    with pytest.raises(ValueError, match="CHARTTIME is .* without a time zone"):
+        _moment("2134-03-05 14:30:00+00:00", "CHARTTIME")

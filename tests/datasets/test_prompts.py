@@ -84,3 +84,62 @@ def test_no_such_file_and_no_such_column(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="no text column 'prompt'.*columns: a"):
         load_prompts(tmp_path / "p.parquet")
+
+
+PARTI = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    'bond\tAbstract\tBasic\tBiology-inspired concepts\na sign that says "x\tArts\tWriting & Symbols\n\nmath\tAbstract\n'
+)
+
+
+@pytest.mark.parametrize("name", ["PartiPrompts.tsv", "parti.txt"])
+def test_partiprompts_with_category_and_challenge(tmp_path, name):
+    (tmp_path / name).write_text(PARTI, encoding="utf-8")
+    assert load_prompts(tmp_path / name) == [
+        {"prompt": "bond", "category": "Abstract", "challenge": "Basic", "note": "Biology-inspired concepts"},
+        {"prompt": 'a sign that says "x', "category": "Arts", "challenge": "Writing & Symbols"},
+        {"prompt": "math", "category": "Abstract"},
+    ]
+    assert [one["prompt"] for one in load_prompts(tmp_path / name, limit=1)] == ["bond"]
+
+
+def test_hpsv2_by_file_by_folder_and_in_one_object(tmp_path):
+    styles = {"anime": ["a girl", "a robot"], "photo": ["a dog"]}
+    for style, prompts in styles.items():
+        (tmp_path / f"{style}.json").write_text(json.dumps(prompts))
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "styles.json").write_text(json.dumps(styles))
+    anime = [{"prompt": "a girl", "category": "anime"}, {"prompt": "a robot", "category": "anime"}]
+    dog = {"prompt": "a dog", "category": "photo"}
+    assert load_prompts(tmp_path / "anime.json") == anime
+    assert load_prompts(tmp_path) == load_prompts(tmp_path / "all" / "styles.json") == [anime[0], dog, anime[1]]
+    assert load_prompts(tmp_path, limit=2) == [anime[0], dog]
+    (tmp_path / "rows.json").write_text(json.dumps([{"Prompt": "x"}, {"prompt": "y", "category": "z"}, 3]))
+    with pytest.raises(UserError, match="2 broken entries"):
+        load_prompts(tmp_path / "rows.json")
+
+
+def test_a_text_with_tabs_is_no_table(tmp_path):
+    (tmp_path / "tabs.txt").write_text("a cat\ton a mat\nthe text\n")
+    assert load_prompts(tmp_path / "tabs.txt") == [{"prompt": "a cat\ton a mat"}, {"prompt": "the text"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.tsv", "a cat\n", "names of its columns, one of them Prompt"),
+        ("a.tsv", "Prompt\tCategory\nx\ty\tz\n", "3 cells in a table of 2 columns"),
+        ("a.json", "{", "cannot be read as JSON"),
+        ("a.json", '{"anime": "x"}', "an object with such a list"),
+        ("a.json", "[]", "no prompts"),
+    ],
+)
+def test_benchmark_files_that_cannot_be_used(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        load_prompts(tmp_path / name)
+
+
+def test_a_folder_without_styles(tmp_path):
+    with pytest.raises(UserError, match="a .json file for each style"):
+        load_prompts(tmp_path)
