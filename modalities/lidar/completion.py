@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from polyalign.core.errors import UserError
+from polyalign.core.likelihood.schedules import NoiseSchedule
 from polyalign.core.randomness import rng
 from polyalign.datasets.lidar.filters import COMPLETION_SCAN, PointFilter, farthest_points
 from polyalign.modalities.lidar.diffusion import Formulation, SolverSettings, add_noise, noise_schedule, solve
 from polyalign.modalities.lidar.minkunet import Condition, MinkGlobalEnc, MinkUNet, MinkUNetDiff
-from polyalign.modalities.lidar.sparse import voxelise
+from polyalign.modalities.lidar.sparse import SparseTensor, voxelise
 
 VOXEL = 0.05
 
@@ -69,36 +71,92 @@ def prepare_scan(points: np.ndarray, count: int, *, keep: PointFilter = COMPLETI
     return left[farthest_points(left, count)].astype(np.float32)
 
 
+class ScanEncodings:
+    """A fixed batch of scans as an encoder sees them, and the absence of a scan, computed once for each voxel size in use and
+    shared by all denoisers that work with that encoder."""
+
+    def __init__(self, encoder: MinkGlobalEnc, scans: Tensor):
+        self._encoder, self._scans = encoder, scans
+        self._encoded: dict[tuple[float, bool], SparseTensor] = {}
+
+    def of(self, size: float, *, absent: bool = False) -> SparseTensor:
+        if (size, absent) not in self._encoded:
+            # A scan of points at the origin, all in one voxel, stands for no scan: one point is as good.
+            points = torch.zeros_like(self._scans[:, :1]) if absent else self._scans
+            self._encoded[size, absent] = self._encoder(voxelise(points, size)[0])
+        return self._encoded[size, absent]
+
+
 class GuidedDenoiser:
     """A denoiser with guidance for a fixed batch of scans. What the scans and the absence of one give is computed once for each
     voxel size in use."""
 
-    def __init__(self, denoiser: MinkUNetDiff, encoder: MinkGlobalEnc, scans: Tensor, settings: CompletionSettings):
-        self._denoiser, self._encoder, self._scans, self._settings = denoiser, encoder, scans, settings
+    def __init__(
+        self,
+        denoiser: MinkUNetDiff,
+        encoder: MinkGlobalEnc,
+        scans: Tensor,
+        settings: CompletionSettings,
+        *,
+        encodings: ScanEncodings | None = None,
+    ):
+        self._denoiser, self._settings = denoiser, settings
+        self._encodings = encodings or ScanEncodings(encoder, scans)
         self._conditions: dict[float, tuple[Condition, Condition | None]] = {}
 
     def __call__(self, points: Tensor, level: int) -> Tensor:
         """Noise (B, N, 3) of points (B, N, 3)."""
         size = self._settings.voxel_at(level)
+        levels = torch.full((len(points),), level, device=points.device)
+        return self.at(*voxelise(points, size), levels, size).reshape(points.shape)
+
+    def begin(self) -> None:
+        """Make what the scans give ready now, in the gradient mode of now: steps without gradient would otherwise leave it
+        without for those that have one."""
+        self._of(self._settings.voxel)
+
+    def at(self, voxels: SparseTensor, inverse: Tensor, levels: Tensor, size: float) -> Tensor:
+        """Noise (B * N, 3) of points that are voxels of ``size`` already, at levels (B,)."""
         given, absent = self._of(size)
-        voxels, inverse = voxelise(points, size)
-        timesteps = torch.full((len(points),), level, device=points.device)
-        noise = self._denoiser(voxels, given, timesteps)
+        noise = self._denoiser(voxels, given, levels)
         if absent is not None:
-            without = self._denoiser(voxels, absent, timesteps)
+            without = self._denoiser(voxels, absent, levels)
             noise = without + self._settings.guidance * (noise - without)
-        return noise[inverse].reshape(points.shape)
+        return noise[inverse]
 
     def _of(self, size: float) -> tuple[Condition, Condition | None]:
         if size not in self._conditions:
             absent = None
-            if self._settings.guidance != 1:  # a scan of points at the origin, all in one voxel: one point is as good
-                absent = self._encode(torch.zeros_like(self._scans[:, :1]), size)
-            self._conditions[size] = (self._encode(self._scans, size), absent)
+            if self._settings.guidance != 1:
+                absent = self._denoiser.condition(self._encodings.of(size, absent=True))
+            self._conditions[size] = (self._denoiser.condition(self._encodings.of(size)), absent)
         return self._conditions[size]
 
-    def _encode(self, scans: Tensor, size: float) -> Condition:
-        return self._denoiser.condition(self._encoder(voxelise(scans, size)[0]))
+
+@dataclass(frozen=True)
+class Course:
+    """Where sampling begins: ``x`` (B, N, 3) is what the solver works on, ``base`` (B, N, 3) or 0 what has to be added for
+    points, and ``noises`` what each step may add."""
+
+    x: Tensor
+    base: Tensor | float
+    noises: Callable[[int], Tensor]
+
+
+def course(scans: Tensor, seeds: Sequence[int], settings: CompletionSettings, schedule: NoiseSchedule) -> Course:
+    """The beginning of sampling for scans (B, P, 3), by their seeds alone."""
+    start = scans.repeat(1, settings.copies, 1)
+
+    def drawn(purpose: str, step: int) -> Tensor:
+        draws = [torch.randn(start.shape[1:], generator=rng(seed, "completion", purpose, step)) for seed in seeds]
+        return torch.stack(draws).to(start)
+
+    first = settings.noise_scale * drawn("start", 0)
+    noises = partial(drawn, "step")
+    if settings.formulation == "local":
+        return Course(first, start, noises)
+    levels = torch.full((len(scans),), settings.solver.start - 1)
+    return Course(add_noise(schedule, start, first, levels, "vanilla"), 0.0, noises)
 
 
 def complete(
@@ -116,21 +174,10 @@ def complete(
     """
     if len(seeds) != len(scans):
         raise UserError(f"every scan needs its seed, found {len(seeds)} seeds for {len(scans)} scans")
-    guided = GuidedDenoiser(denoiser, encoder, scans, settings)
-    schedule = noise_schedule()
-    start = scans.repeat(1, settings.copies, 1)
-
-    def drawn(purpose: str, step: int) -> Tensor:
-        draws = [torch.randn(start.shape[1:], generator=rng(seed, "completion", purpose, step)) for seed in seeds]
-        return torch.stack(draws).to(start)
-
-    first = settings.noise_scale * drawn("start", 0)
-    noises: Callable[[int], Tensor] = lambda step: drawn("step", step)  # noqa: E731
-    if settings.formulation == "vanilla":
-        levels = torch.full((len(scans),), settings.solver.start - 1)
-        noisy = add_noise(schedule, start, first, levels, "vanilla")
-        return solve(noisy, guided, noises, schedule, settings.solver)
-    return start + solve(first, lambda offsets, level: guided(start + offsets, level), noises, schedule, settings.solver)
+    guided, schedule = GuidedDenoiser(denoiser, encoder, scans, settings), noise_schedule()
+    begun = course(scans, seeds, settings, schedule)
+    found = solve(begun.x, lambda x, level: guided(begun.base + x, level), begun.noises, schedule, settings.solver)
+    return begun.base + found
 
 
 def postprocess(completion: np.ndarray, scan: np.ndarray, *, max_range: float = 50.0) -> np.ndarray:

@@ -43,14 +43,32 @@ class SparseConv3d(nn.Module):
 
 
 class SparseBatchNorm(nn.Module):
-    """Batch normalisation over all voxels of a batch; the parameters lie under ``bn``."""
+    """Batch normalisation over all voxels of a batch; the parameters lie under ``bn``.
+
+    ``frozen``: the running statistics are used and left alone in training too, see :func:`freeze_statistics`.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.bn = nn.BatchNorm1d(channels, eps=1e-5, momentum=0.1)
+        self.frozen = False
+
+    def train(self, mode: bool = True) -> SparseBatchNorm:
+        super().train(mode)
+        self.bn.train(mode and not self.frozen)
+        return self
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return x.of(self.bn(x.features))
+
+
+def freeze_statistics(network: nn.Module) -> None:
+    """Let every batch normalisation of a network use its running statistics from now on, in training as in evaluation; scale
+    and shift stay trainable. Clouds of a batch are then independent of each other, and so are a policy and its reference."""
+    for module in network.modules():
+        if isinstance(module, SparseBatchNorm):
+            module.frozen = True
+            module.train(module.training)
 
 
 class SparseReLU(nn.Module):

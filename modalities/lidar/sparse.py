@@ -135,7 +135,7 @@ def _convolve(features: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor
         if source is target:  # the middle of a kernel: every voxel with itself, nothing to gather
             result += features @ kernel[offset]
         else:
-            result.index_add_(0, target, (features[source] @ kernel[offset]).to(wide))
+            result.index_add_(0, target, (features.index_select(0, source) @ kernel[offset]).to(wide))
     return result.to(features.dtype)
 
 
@@ -160,7 +160,7 @@ class _SparseConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_kernel = torch.zeros_like(kernel)
             for offset, source, target in ctx.kernel_map.pairs():
-                to_kernel[offset] = features[source].T @ gradient[target]
+                to_kernel[offset] = features.index_select(0, source).T @ gradient.index_select(0, target)
         return to_features, to_kernel, None
 
 
