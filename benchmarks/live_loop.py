@@ -21,6 +21,7 @@ from torch import Tensor
 from polyalign.core.likelihood.denoising import draw
 from polyalign.core.trainer import order
 from polyalign.modalities.image import loading, pictures, text
+from polyalign.modalities.image.families import family_of
 from polyalign.modalities.image.micro_conditioning import time_ids
 
 
@@ -55,7 +56,7 @@ def live_loop(
 def noised(adapter: Any, model: Any, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], Tensor]:
     """What the networks are called with, the chosen pictures before the rejected ones, and what they should answer (v)."""
     pipeline, vae = loading.assemble(model), model.parts["vae"]
-    captions = [text.encode(pipeline, row["condition"]["prompt"]) for row in rows]
+    captions = [text.encode(family_of(model), pipeline, row["condition"]["prompt"]) for row in rows]
     states = torch.stack([caption["states"] for caption in captions]).repeat(2, 1, 1)
     pooled = torch.stack([caption["pooled"] for caption in captions]).repeat(2, 1)
     pixels = torch.stack([decoded(row[side]["bytes"]) for side in ("chosen", "rejected") for row in rows])

@@ -94,9 +94,9 @@ def widened(offer: Offer, recipe: Any) -> Offer:
     seats, data = set(offer.seats), set(offer.data)
     if section(recipe, "guide") is not None:
         seats.add("guide")
-    if lora:
+    if lora and hasattr(recipe, "fast_slow"):
         seats.add("partner")
-    if reference not in ("none", "adapter") and not (reference == "cached" and not lora):
+    if offer.likelihood == "token" and reference not in ("none", "adapter") and not (reference == "cached" and not lora):
         seats |= {"mismatched", "mismatched_reference"}
     if section(recipe, "margins") is not None:
         data.add("pairs with margins")
@@ -130,7 +130,7 @@ def refuse(recipe: Any) -> None:
                 f"{name}: no objective of this recipe uses it; {user} does. Take that objective, or leave {name} out"
             )
     _refuse_without(needs, recipe)
-    if needs["guide"]:
+    if needs["guide"] and section(recipe, "guide") is not None:
         fingerprint(recipe.guide.folder)
     if is_online(recipe):
         _refuse_online(recipe)

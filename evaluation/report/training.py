@@ -238,12 +238,13 @@ def data_card(data: ReportData) -> str:
 
 def _left_out(counts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What of the pairs was not trained on."""
-    words = {"too_long": "pairs too long"}
-    return [
-        (words.get(key, text(key, 40)), f"{count:,}", "left out of training, never cut")
-        for key, count in counts.items()
-        if isinstance(count, int)
-    ]
+    words = {
+        "too_long": ("pairs too long", "left out of training, never cut"),
+        "above_ches": ("pairs above the CHES kept", "left out of training"),
+        "undesirable": ("disliked answers", "left out: fine-tuning takes the liked ones"),
+    }
+    told = {key: words.get(key, (text(key, 40), "left out of training")) for key in counts}
+    return [(told[key][0], f"{count:,}", told[key][1]) for key, count in counts.items() if isinstance(count, int)]
 
 
 def _counted(summary: Mapping[str, Any], outputs: str) -> list[tuple[str, str, str]]:

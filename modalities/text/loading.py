@@ -26,10 +26,10 @@ from transformers.utils import logging as transformers_logging
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.core.optional import require
+from polyalign.modalities.text.base_folder import local_folder, refuse_what_is_no_base
 from polyalign.modalities.text.settings import DTYPES, TextModelSettings
 
 TINY_BASE = Path(__file__).parent / "tiny_base"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -83,7 +83,7 @@ def open_base(settings: TextModelSettings) -> Base:
         UserError: as ``load``.
     """
     folder, name, version = _place(settings)
-    _refuse_what_is_no_base(folder)
+    refuse_what_is_no_base(folder)
     identity = f"{name}@{version or f'sha256:{_hash(_files(folder))}'}"
     with quiet():
         config, noise = _config(folder)
@@ -148,24 +148,15 @@ def _place(settings: TextModelSettings) -> tuple[Path, str, str | None]:
     """Folder, name and, for a hub repository, the commit."""
     if settings.base == "tiny":
         return TINY_BASE, "polyalign-tiny", None
-    path = Path(settings.base).expanduser()
-    if path.is_dir():
+    path = local_folder(settings.base)
+    if path is not None:
         return path, path.resolve().name, None
-    if path.is_file():
-        raise UserError(
-            f"base is {settings.base!r}, a file; a language model is a folder with config.json, a tokenizer and .safetensors"
-        )
     folder = _download(settings)
     return folder, settings.base, folder.name
 
 
 def _download(settings: TextModelSettings) -> Path:
     """A hub repository's folder; its name is the commit."""
-    if settings.base.startswith((".", "/", "~")) or settings.base.count("/") > 1:
-        raise UserError(
-            f"base is {settings.base!r}: there is no such folder, and it is no hub id (owner/name). "
-            "Allowed: tiny, a hub id, a transformers folder."
-        )
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(settings.base, revision=settings.revision, allow_patterns=patterns))
@@ -191,24 +182,6 @@ def _hash(files: Iterable[Path]) -> str:
             while block := stream.read(2**22):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _refuse_what_is_no_base(folder: Path) -> None:
-    """Say what a folder lacks before a library says it in its own words."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{folder} holds a LoRA and not a whole model: give its base as base, and load the LoRA onto it")
-        raise UserError(f"{folder} is no transformers model: there is no config.json in it")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if pickled:
-        raise UserError(
-            f"{folder} has its weights in {pickled[0]} only, a pickle, which can run code when it is read. Take the "
-            ".safetensors version of this model, or convert it where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and the same with AutoTokenizer."
-        )
-    raise UserError(f"{folder} holds no weights: there is no .safetensors file in it")
 
 
 def _config(folder: Path) -> tuple[PretrainedConfig, dict[str, float]]:

@@ -17,6 +17,7 @@ from polyalign.modalities import verbs
 from polyalign.modalities.arms import train_arms
 from polyalign.modalities.fingerprints import fingerprint
 from polyalign.modalities.loops import specs_of
+from polyalign.modalities.text.base_folder import local_folder, refuse_what_is_no_base
 from polyalign.modalities.text.config import IN_DISTRIBUTION, TextRecipe
 from polyalign.modalities.text.training import ROOM, open_trained
 
@@ -31,12 +32,14 @@ def refuse_early(recipe: TextRecipe) -> None:
     """What later stages would refuse, refused before hours have gone into earlier ones.
 
     Raises:
-        UserError: no such judge; no such file of prompts to evaluate on, chat template, adapter or pair store; a reference that
-            full training cannot have, or that no recipe can load; an objective that needs what the recipe does not give; a beta
-            for squared errors.
+        UserError: no such base, or no model in it; no such judge; no such file of prompts to evaluate on, chat template,
+            adapter or pair store; a reference that full training cannot have, or that no recipe can load; an objective that
+            needs what the recipe does not give; a beta for squared errors.
     """
     from polyalign.core.objectives.serves import Offer
 
+    if recipe.model.base != "tiny" and (folder := local_folder(recipe.model.base)) is not None:
+        refuse_what_is_no_base(folder)
     if recipe.pairs.location is not None and not Path(recipe.pairs.location).exists():
         fingerprint(recipe.pairs.location)  # it says what is missing
     verbs.refuse_unfit_judges(recipe, ROOM.outputs)

@@ -438,3 +438,15 @@ def test_a_run_folder_only_planned_writes_nothing(base: Path, tmp_path: Path) ->
         getattr(stages, stage)(made, plan)
     assert [plan.planned[name].status for name in ("generate", "train", "evaluate")] == ["todo"] * 3
     assert not (tmp_path / "none").exists()
+
+
+def test_a_base_that_is_none_is_refused_before_pairs_are_imported(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(base, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    config = write_recipe(tmp_path, recipe(base, tmp_path))
+    for given, words in {pickled: "a pickle", tmp_path / "absent": "there is no such folder", config: "a file"}.items():
+        told = refused(capsys, "align", config, tmp_path / "run", f"model.base={given}")
+        assert words in told and not (tmp_path / "run" / "pairs").exists()
