@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from polyalign.core.adapter import Model
-from polyalign.core.files import disk_full_explained
+from polyalign.modalities.exporting import hub_name, model_card, written_beside
 from polyalign.modalities.text import lora
 from polyalign.modalities.text.loading import plain, quiet
 
@@ -27,17 +22,8 @@ def export(model: Model, folder: Path, card: Mapping[str, Any] | None = None) ->
     Everything is written beside the folder first and then renamed into place, file by file, so that an interruption or a full
     disk leaves the earlier export as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        with disk_full_explained(f"the export {folder}, which is as it was before"):
-            _write(model, partial, card or {})
-        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
-            target = folder / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-    finally:
-        shutil.rmtree(partial)
+    with written_beside(folder) as partial:
+        _write(model, partial, card or {})
 
 
 def _write(model: Model, folder: Path, card: Mapping[str, Any]) -> None:
@@ -50,7 +36,7 @@ def _write(model: Model, folder: Path, card: Mapping[str, Any]) -> None:
             network.save_pretrained(folder)
             _restore_config(folder / "config.json", model.parts["config_noise"])
         model.parts["tokenizer"].save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model, is_lora=is_lora, card=card), encoding="utf-8")
+    (folder / "README.md").write_text(card_of(model, is_lora=is_lora, card=card), encoding="utf-8")
 
 
 def _restore_config(file: Path, noise: Mapping[str, float]) -> None:
@@ -60,33 +46,16 @@ def _restore_config(file: Path, noise: Mapping[str, float]) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def model_card(model: Model, *, is_lora: bool, card: Mapping[str, Any]) -> str:
-    """The README.md of an export: the hub's header, how to load it, and what it was made with (``card``, key by key)."""
-    name = model.identity.split("@")[0]
-    header: dict[str, Any] = {
-        "library_name": "peft" if is_lora else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["polyalign", "preference-alignment"],
-    }
-    if is_lora:
-        header["tags"].append("lora")
-    if name.count("/") == 1:
-        header["base_model"] = name
-    base = name if name.count("/") == 1 else "BASE"
+def card_of(model: Model, *, is_lora: bool, card: Mapping[str, Any]) -> str:
+    """The README.md of an export (:func:`polyalign.modalities.exporting.model_card`)."""
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     if is_lora:
+        base = hub_name(model.identity) or "BASE"
         imports = "from peft import PeftModel\n" + imports
         usage = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")'
     else:
         usage = 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
-    usage += '\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
-    lines = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {card.get('title', 'Aligned ' + ('LoRA of ' if is_lora else '') + name)}",
-        f"Aligned with preferences by polyalign. Base: `{model.identity}`.",
-        f"```python\n{imports}\n{usage}\n```",
-    ]
-    rows = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in card.items() if key != "title"]
-    if rows:
-        lines.append("\n".join(["| setting | value |", "|---|---|", *rows]))
-    return "\n\n".join(lines) + "\n"
+    code = f'{imports}\n{usage}\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
+    library = "peft" if is_lora else "transformers"
+    pipeline = {"pipeline_tag": "text-generation"}
+    return model_card(model.identity, library=library, tags=[], is_lora=is_lora, code=code, card=card, **pipeline)
