@@ -14,6 +14,7 @@ import yaml
 from polyalign.core.errors import UserError
 from polyalign.core.files import sha256_of
 from polyalign.evaluation.report.recipe import RecipeDifference, compare_with_recipe
+from polyalign.evaluation.report.shape import malformed
 
 HASHED_AT_MOST = 512 * 2**20
 """Files above this size in bytes are listed by size only; hashing them would cost longer than the report."""
@@ -138,6 +139,9 @@ def collect(folder: Path) -> ReportData:
     config = _mapping(folder / "config.yaml", missing, "the resolved configuration")
     metrics = read_metrics(folder / "metrics.jsonl", missing)
     evaluation = _mapping(folder / "evaluation.json", missing, "the evaluation: no win rate, no grid, no verdict on quality")
+    if evaluation and (problem := malformed(evaluation)) is not None:
+        missing.append(f"evaluation.json: is not what the evaluation writes ({problem}); run the stage evaluate again")
+        evaluation = {}
     pairs = _mapping(folder / "pairs" / "summary.json", missing, "the data card's figures")
     stages = _mapping(folder / "stages.json", missing, "time and memory by stage")
     environment = _mapping(folder / "environment.json", missing, "versions and hashes of the environment")

@@ -89,6 +89,7 @@ class TextAdapter:
 
     def score(self, model: Model, batch: Batch, draws: None) -> Scores:
         """The log-probabilities of every completion's tokens, (G, K, U)."""
+        _refuse_beyond_positions(batch, model.parts["positions"])
         device = next(model.network.parameters()).device
         tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
         with loading.autocast(self.settings, device):
@@ -182,6 +183,21 @@ def _checkpoint_activations(network: Any) -> None:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise UserError(f"gradient_checkpointing is not possible with this model ({error}); leave it out") from error
+
+
+def _refuse_beyond_positions(batch: Batch, positions: int | None) -> None:
+    """Rows fit, each by itself; an answer that a baseline joins to another prompt (kto's mismatched) may not."""
+    if positions is None:
+        return
+    prompts, answers = (batch.tensors[name].sum(-1) for name in ("prompt_mask", "completion_mask"))
+    longest = int((prompts.unsqueeze(1) + answers).max())
+    if longest > positions:
+        raise UserError(
+            f"a prompt and an answer have {longest} tokens together, and this model has {positions} positions. Each row fits "
+            "by itself, so the answer was joined to another row's prompt (objective.baseline: mismatched): set "
+            f"prepare.max_prompt_tokens and prepare.max_completion_tokens so that they add up to {positions} at most, or take "
+            "another baseline"
+        )
 
 
 def _group(row: Row) -> Group:

@@ -135,3 +135,20 @@ def test_no_diversity_where_no_prompt_has_two_outputs(make_run):
     file = run / "evaluation.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "diversity": {}}))
     assert "Diversity within a prompt" not in "".join(section(run, "alarms").itertext())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("win_rate", "x", "win_rate: Input should be"),
+        ("items", 3, "items: Input should be a valid list"),
+        ("items", [{"prompt": "a"}], "items.0.base_score: Field required"),
+        ("scores", {"base": {}}, "scores.base.mean: Field required"),
+    ],
+)
+def test_an_evaluation_of_another_shape_is_left_out_and_said(make_run, key, value, told):
+    run = make_run()
+    file = run / "evaluation.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "is not what the evaluation writes" in page and told in page.replace("&#x27;", "'")

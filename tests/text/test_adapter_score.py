@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -188,3 +189,22 @@ def test_a_frozen_copy_stays_where_it_was(make_adapter: Make, rows: Rows) -> Non
     disturb(model)
     assert torch.equal(seat.scores(adapter, model, batch, None, index=0).values, before)
     assert not torch.allclose(adapter.score(model, batch, None).values, before, atol=0.01)
+
+
+def test_an_answer_joined_to_a_prompt_that_it_does_not_fit_is_refused(make_adapter: Make):
+    """As kto's mismatched baseline joins them: every row fits by itself, and the two together do not."""
+    adapter = make_adapter("gpt2")
+    model = adapter.load()
+    positions = model.parts["positions"]
+    long = "a " * (positions // 2 - 2)
+    texts = [("the " + long, "b"), ("a", "b " + long)]
+    rows = [
+        {"pair_id": str(place), "condition": {"prompt": prompt}, "chosen": answer, "rejected": "c"}
+        for place, (prompt, answer) in enumerate(texts)
+    ]
+    batch = adapter.prepare(model, rows, step=0)
+    adapter.score(model, batch, None)
+    rolled = {name: batch.tensors[name].roll(1, 0) for name in ("completion_ids", "completion_mask")}
+    joined = replace(batch, tensors={**batch.tensors, **rolled})
+    with pytest.raises(UserError, match=f"this model has {positions} positions.*joined to another row's prompt"):
+        adapter.score(model, joined, None)

@@ -1,0 +1,57 @@
+"""What an evaluation.json has to look like for the report to read it: a file may be cut, or edited by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+Interval = tuple[float | None, float | None] | None
+
+
+class _Rate(BaseModel):
+    wins: int
+    losses: int
+    ties: int
+    rate: float | None
+    wilson: Interval = None
+    bootstrap: Interval = None
+    sign_test_p: float | None = None
+
+
+class _Score(BaseModel):
+    mean: float
+    interval: Interval = None
+
+
+class _Judge(BaseModel):
+    name: str
+    parts: list[str] | None = None
+    right_from: float | None = None
+    broken_below: float | None = None
+
+
+class _Item(BaseModel):
+    prompt: str
+    base_score: float
+    aligned_score: float
+
+
+class _Evaluation(BaseModel):
+    win_rate: _Rate
+    judge: _Judge | None = None
+    scores: dict[str, _Score] | None = None
+    other_judges: dict[str, dict[str, Any]] | None = None
+    arms: dict[str, dict[str, Any]] | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
+    items: list[_Item] | None = None
+
+
+def malformed(evaluation: dict[str, Any]) -> str | None:
+    """Where and why ``evaluation`` is not what the evaluation stage writes, or None. Further keys are allowed."""
+    try:
+        _Evaluation.model_validate(evaluation)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return None
