@@ -48,7 +48,7 @@ class BetaConfig(Section):
     """How strongly a log-ratio counts: the reward is beta times the log-ratio to the reference."""
 
     value: float = Field(default=5000.0, gt=0.0)
-    """Beta as the publication states it, in the convention below."""
+    """Beta as the publication states it, in the convention below. Text recipes take 0.1 nats where nothing is said."""
 
     convention: BetaConvention = "mean_half"
     """What the value multiplies. Denoising models: `mean_half` (0.5 * beta * mean squared error, the Diffusion-DPO code),

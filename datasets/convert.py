@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m polyalign.datasets.convert", description="Pair stores to formats and back")
+    description = "Pair stores of pictures to formats and back"
+    parser = argparse.ArgumentParser(prog="python -m polyalign.datasets.convert", description=description)
     parser.add_argument("store", type=Path, metavar="STORE", help="folder of the pair store")
     way = parser.add_mutually_exclusive_group(required=True)
     written = [name for name, row in FORMATS.items() if row.writes]
@@ -53,7 +54,13 @@ def _export(given: argparse.Namespace) -> None:
     name, folder = given.to
     if given.option or given.on_bad_row != "error":
         raise UserError("--option and --on-bad-row belong to --from; the formats are written in one way")
-    count = export_pairs(PairStore(given.store), exporter(name), Path(folder))
+    store = PairStore(given.store)
+    if store.shards() and store.kind.name != "picture":
+        raise UserError(
+            f"{given.store} holds pairs of {store.kind.name}s, and these formats are of pictures. Its shards are parquet files "
+            "that Hugging Face datasets opens; a recipe reads the store itself with pairs: {source: store, store: FOLDER}"
+        )
+    count = export_pairs(store, exporter(name), Path(folder))
     print(f"{folder}: {count} pairs as {name}")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from polyalign.core.errors import UserError
 
+TINY_BASE = Path(__file__).parent / "tiny_base"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -50,3 +52,13 @@ def refuse_what_is_no_base(folder: Path) -> None:
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and the same with AutoTokenizer."
         )
     raise UserError(f"{folder} holds no weights: there is no .safetensors file in it")
+
+
+def positions_of(folder: Path) -> int | None:
+    """How many positions the model in ``folder`` has by its configuration; None where that does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # loading it will say what is wrong
+    found = [config.get(name) for name in ("max_position_embeddings", "n_positions")] if isinstance(config, dict) else []
+    return next((value for value in found if isinstance(value, int)), None)

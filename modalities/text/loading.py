@@ -26,10 +26,9 @@ from transformers.utils import logging as transformers_logging
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.core.optional import require
-from polyalign.modalities.text.base_folder import local_folder, refuse_what_is_no_base
+from polyalign.modalities.text.base_folder import TINY_BASE, local_folder, refuse_what_is_no_base
 from polyalign.modalities.text.settings import DTYPES, TextModelSettings
 
-TINY_BASE = Path(__file__).parent / "tiny_base"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -17,7 +17,7 @@ from polyalign.modalities import verbs
 from polyalign.modalities.arms import train_arms
 from polyalign.modalities.fingerprints import fingerprint
 from polyalign.modalities.loops import specs_of
-from polyalign.modalities.text.base_folder import local_folder, refuse_what_is_no_base
+from polyalign.modalities.text.base_folder import TINY_BASE, local_folder, positions_of, refuse_what_is_no_base
 from polyalign.modalities.text.config import IN_DISTRIBUTION, TextRecipe
 from polyalign.modalities.text.training import ROOM, open_trained
 
@@ -38,8 +38,7 @@ def refuse_early(recipe: TextRecipe) -> None:
     """
     from polyalign.core.objectives.serves import Offer
 
-    if recipe.model.base != "tiny" and (folder := local_folder(recipe.model.base)) is not None:
-        refuse_what_is_no_base(folder)
+    _refuse_base(recipe)
     if recipe.pairs.location is not None and not Path(recipe.pairs.location).exists():
         fingerprint(recipe.pairs.location)  # it says what is missing
     verbs.refuse_unfit_judges(recipe, ROOM.outputs)
@@ -52,6 +51,20 @@ def refuse_early(recipe: TextRecipe) -> None:
     verbs.refuse_objectives(recipe, Offer("a text recipe", "token", CAPABILITIES, data))
     _refuse_beta(recipe)
     _refuse_rewards(recipe)
+
+
+def _refuse_base(recipe: TextRecipe) -> None:
+    """Raises UserError for a folder that is no base, or whose model has no room for as long an answer as is asked for."""
+    folder = TINY_BASE if recipe.model.base == "tiny" else local_folder(recipe.model.base)
+    if folder is None:  # on a model hub
+        return
+    refuse_what_is_no_base(folder)
+    positions, asked = positions_of(folder), recipe.sampler.max_new_tokens
+    if positions is not None and asked >= positions:
+        raise UserError(
+            f"sampler.max_new_tokens is {asked}, and the model {recipe.model.base} has {positions} positions, for prompt and "
+            "answer together. Lower it"
+        )
 
 
 def _refuse_start(recipe: TextRecipe) -> None:

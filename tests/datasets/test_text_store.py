@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from polyalign.core.errors import UserError
+from polyalign.datasets import convert
 from polyalign.datasets.outputs import KINDS, kind_of
 from polyalign.datasets.pair_rows import schema_of
 from polyalign.datasets.pairs import PairStore
@@ -123,3 +124,8 @@ def test_a_store_that_is_told_nothing_is_for_pictures(tmp_path):
     assert schema.equals(schema_of(["user"]), check_metadata=True)
     assert str(schema.field("chosen").type) == "struct<bytes: binary, path: string>"
     assert store.rows([0])[0]["chosen"].getpixel((0, 0)) == (200, 10, 10)
+
+
+def test_a_store_of_texts_is_not_written_as_pictures(store, tmp_path, capsys):
+    assert convert.main([str(store.folder), "--to", "jsonl", str(tmp_path / "out")]) != 0
+    assert "holds pairs of texts" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -450,3 +450,11 @@ def test_a_base_that_is_none_is_refused_before_pairs_are_imported(
     for given, words in {pickled: "a pickle", tmp_path / "absent": "there is no such folder", config: "a file"}.items():
         told = refused(capsys, "align", config, tmp_path / "run", f"model.base={given}")
         assert words in told and not (tmp_path / "run" / "pairs").exists()
+
+
+def test_longer_answers_than_the_model_has_positions_are_refused_at_once(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_recipe(tmp_path, recipe(base, tmp_path))
+    told = refused(capsys, "align", config, tmp_path / "run", "sampler.max_new_tokens=5000")
+    assert "sampler.max_new_tokens is 5000" in told and "positions" in told and not (tmp_path / "run" / "pairs").exists()
