@@ -6,12 +6,14 @@ publications of the field use; a recipe file states only what differs. Nothing h
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from polyalign.core.config import Section
 
+Named = TypeVar("Named")
 BetaConvention = Literal["mean_half", "mean", "sum", "sum_half", "nats"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -223,3 +225,15 @@ class TrackingConfig(Section):
 
     project: str = Field(default="polyalign", min_length=1)
     """The tracker's project name."""
+
+
+def named_as_folders(arms: dict[str, Named]) -> dict[str, Named]:
+    """``arms`` as they are. Their names are also names of folders on every system.
+
+    Raises:
+        ValueError: another name, for pydantic to tell.
+    """
+    for name in arms:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+            raise ValueError(f"the name {name!r} is no folder's: take a-z, 0-9, - and _, a letter or digit first")
+    return arms

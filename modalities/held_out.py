@@ -115,3 +115,8 @@ def _asked(condition: Condition) -> str:
 
 def _words(condition: Condition) -> str:
     return " ".join(_asked(condition).split()).casefold()
+
+
+def keeps_pairs(recipe: Any) -> bool:
+    """Whether some of the run's pairs take no part in training."""
+    return recipe.evaluate.prompts is None and recipe.online is None and not recipe.pairs.labelled

@@ -21,6 +21,7 @@ from polyalign.modalities.fingerprints import fingerprint, judge_files, listed
 
 if TYPE_CHECKING:
     from polyalign.core.objectives.serves import Offer
+    from polyalign.core.scores import Kind
     from polyalign.datasets.formats.table import Format
 
 Condition = Mapping[str, Any]
@@ -70,6 +71,22 @@ def refuse_objectives(recipe: Any, offer: Offer) -> None:
     plan = Plan(train.reference.seat, cut=train.micro_batch_size < train.batch_size)
     for key, spec in loops.specs_of(recipe).items():
         refuse_unless_served(build(spec), loops.widened(offer, recipe), plan, key=key)
+
+
+def refuse_labels(recipe: Any, likelihood: Kind, outputs: str) -> None:
+    """Raises UserError for an objective that compares two ``outputs`` a prompt ("answers to"), where there are single ones."""
+    from polyalign.core.objectives.table import TABLE, build
+
+    if not recipe.pairs.labelled:
+        return
+    able = [name for name, row in TABLE.items() if "labels" in row.data and likelihood in row.likelihoods]
+    for key, spec in loops.specs_of(recipe).items():
+        objective = build(spec)
+        if "labels" not in objective.data:
+            raise UserError(
+                f"{key}: {objective.name} compares two {outputs} a prompt, and pairs.source: labels has single ones. Take one "
+                f"of {', '.join(able)}, or another source"
+            )
 
 
 def refuse_several_processes(verb: str, run: RunFolder, *, modality: str) -> None:

@@ -5,19 +5,23 @@ Nothing here imports diffusers or loads a model, so that ``explain`` and ``--dry
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from polyalign.core.config import Section
 from polyalign.core.objectives.table import DPO, ObjectiveSpec
-from polyalign.core.recipe import Fraction, JudgeConfig, PairingConfig, ReportConfig, TrackingConfig, TrainSettings
+from polyalign.core.recipe import (
+    Fraction,
+    JudgeConfig,
+    PairingConfig,
+    ReportConfig,
+    TrackingConfig,
+    TrainSettings,
+    named_as_folders,
+)
 from polyalign.core.recipe_loops import OnlineConfig
 from polyalign.datasets.formats.table import IMAGE_SOURCES, checked_options
-
-ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
-"""Names of arms, which are also names of folders on every system."""
 
 if TYPE_CHECKING:
     PairSource = str
@@ -387,7 +391,4 @@ class ImageRecipe(Section):
     @field_validator("arms")
     @classmethod
     def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
-        for name in arms:
-            if not ARM.fullmatch(name):
-                raise ValueError(f"the name {name!r} is no folder's: take a-z, 0-9, - and _, a letter or digit first")
-        return arms
+        return named_as_folders(arms)

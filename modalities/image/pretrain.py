@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import shlex
 import sys
 import time
@@ -35,6 +34,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng
 from polyalign.modalities.image import tiny_architecture as tiny
 from polyalign.modalities.image.pretrain_data import Drawings, Shapes, Source
+from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
 
 MODULE = "polyalign.modalities.image.pretrain"
 
@@ -60,13 +60,6 @@ class Settings:
     guidance: float = 1.5
     sampling_steps: int = 20
     save_every: int = 1000
-
-
-def rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine to a hundredth of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
 @dataclass(frozen=True)
@@ -123,19 +116,13 @@ class Stage:
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
                 self.optimizer.step()
-                self._average(step)
+                follow(self.average, self.network, step, ema=self.settings.ema)
                 smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
                 progress.update(bar, advance=1, description=f"{self.name} {smooth:.4f}")
                 if (step + 1) % self.settings.save_every == 0 or step + 1 == self.steps:
                     self._save(step + 1)
                     note = watch(step + 1) if watch else ""
                     progress.console.print(f"{self.name} step {step + 1}: loss {smooth:.4f} {note}", highlight=False)
-
-    def _average(self, step: int) -> None:
-        decay = min(self.settings.ema, (step + 1) / (step + 10))
-        for key, value in self.network.state_dict().items():
-            if value.is_floating_point():
-                self.average[key].lerp_(value, 1 - decay)
 
     def _save(self, step: int) -> None:
         state = {
@@ -145,9 +132,7 @@ class Stage:
             "step": step,
             "made_with": self.work.made_with,
         }
-        temporary = self.file.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.file)
+        write_state(self.file, state)
 
 
 def indices_of(step: int, batch: int, settings: Settings, purpose: str) -> Tensor:
@@ -168,11 +153,8 @@ def train_autoencoder(pipeline: StableDiffusionXLPipeline, pictures: Tensor, set
         return F.l1_loss(again, picture) + F.mse_loss(again, picture) + settings.kl_weight * posterior.kl().mean()
 
     def watch(step: int) -> str:
-        raw = {key: value.clone() for key, value in vae.state_dict().items()}
-        vae.load_state_dict(stage.average)
-        with torch.no_grad():
+        with torch.no_grad(), averaged(vae, stage.average):
             again = vae.decode(vae.encode(pictures[:200]).latent_dist.mean).sample
-        vae.load_state_dict(raw)
         return f"mean squared error {F.mse_loss(again, pictures[:200]):.5f}"
 
     stage.run(loss_of, watch)
@@ -232,11 +214,8 @@ def train_denoiser(
         return F.mse_loss(predicted, alpha * noise - sigma * clean)
 
     def watch(step: int) -> str:
-        raw = {key: value.clone() for key, value in together.state_dict().items()}
-        together.load_state_dict(stage.average)
-        figures = measure(pipeline, source, settings, count=120)
-        together.load_state_dict(raw)
-        return json.dumps(figures)
+        with averaged(together, stage.average):
+            return json.dumps(measure(pipeline, source, settings, count=120))
 
     stage.run(loss_of, watch)
     together.load_state_dict(stage.average)
@@ -294,16 +273,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     torch.set_num_threads(options.pop("threads"))
     folder, drawings = options.pop("folder"), options.pop("drawings")
-    try:
+
+    def train() -> tuple[dict[str, Any], str | None]:
         source = Shapes() if drawings is None else Drawings(drawings)
         record = pretrain(folder, source, Settings(**options), arguments)
-    except UserError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    print(json.dumps(record, indent=2))
-    reason = source.unfit(record["figures"])
-    if reason is not None:
-        raise SystemExit(f"this base is not fit to be aligned: {reason}")
+        return record, unfit_in_words(source.unfit(record["figures"]))
+
+    run_command(train)
 
 
 def pretrain(folder: Path, source: Source, settings: Settings, options: Sequence[str] = ("FOLDER",)) -> dict[str, Any]:

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from polyalign.modalities.image.adapter import ImageAdapter
 
 
-def keeps_pairs(recipe: ImageRecipe) -> bool:
-    """Whether some of the run's pairs take no part in training."""
-    return recipe.evaluate.prompts is None and recipe.online is None and not recipe.pairs.labelled
-
-
 def rewards_measured(recipe: ImageRecipe, run: RunFolder, asked: Any) -> dict[str, Any]:
     """``implicit_reward``: accuracy of the aligned model's implicit reward against what training began with, on the pairs kept
     aside, where the recipe asks for it. Captions are kept and pictures are not mirrored, whatever training did.

@@ -16,11 +16,10 @@ from polyalign.datasets.formats.table import IMAGE_SOURCES
 from polyalign.modalities import verbs
 from polyalign.modalities.arms import cache_of, train_arms
 from polyalign.modalities.fingerprints import fingerprint
+from polyalign.modalities.held_out import keeps_pairs
 from polyalign.modalities.image.cache import tell_size
 from polyalign.modalities.image.config import ImageRecipe
-from polyalign.modalities.image.rewards import keeps_pairs
 from polyalign.modalities.image.training import ROOM, open_model, open_trained
-from polyalign.modalities.loops import specs_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +50,7 @@ def refuse_early(recipe: ImageRecipe) -> None:
             "train.stop watches the likeliest next tokens of a language model, and an image recipe has none. Leave it out"
         )
     data: frozenset[Any] = frozenset({"labels" if recipe.pairs.labelled else "pairs"})
-    _refuse_labels(recipe)
+    verbs.refuse_labels(recipe, "timestep", "pictures of")
     verbs.refuse_objectives(recipe, Offer("an image recipe", "timestep", frozenset({"value", "output_gradient"}), data))
     _refuse_rounds(recipe)
     if recipe.evaluate.implicit_reward is not None and not keeps_pairs(recipe):
@@ -59,22 +58,6 @@ def refuse_early(recipe: ImageRecipe) -> None:
             "evaluate.implicit_reward is measured on pairs that took no part in training, and this recipe keeps none aside: it "
             "does so where pairs are made or read before the training and evaluate.prompts is left out (evaluate.held_out)"
         )
-
-
-def _refuse_labels(recipe: ImageRecipe) -> None:
-    """Raises UserError for an objective that compares two pictures, where there are single ones."""
-    from polyalign.core.objectives.table import TABLE, build
-
-    if not recipe.pairs.labelled:
-        return
-    able = [name for name, row in TABLE.items() if "labels" in row.data and "timestep" in row.likelihoods]
-    for key, spec in specs_of(recipe).items():
-        objective = build(spec)
-        if "labels" not in objective.data:
-            raise UserError(
-                f"{key}: {objective.name} compares two pictures of a prompt, and pairs.source: labels has single ones. Take "
-                f"one of {', '.join(able)}, or another source"
-            )
 
 
 def _refuse_rounds(recipe: ImageRecipe) -> None:

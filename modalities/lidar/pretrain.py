@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import shlex
 import sys
 import time
@@ -41,6 +40,7 @@ from polyalign.modalities.lidar.measuring import completions, means, qualities
 from polyalign.modalities.lidar.minkunet import MinkGlobalEnc, MinkUNetDiff, scaled
 from polyalign.modalities.lidar.scenes import Scene, SceneSettings, scenes
 from polyalign.modalities.lidar.sparse import voxelise
+from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
 
 MODULE = "polyalign.modalities.lidar.pretrain"
 WEIGHTS = "completion.safetensors"
@@ -69,14 +69,6 @@ class Settings:
     measured_streets: int = 12
     save_every: int = 500
     scenes: SceneSettings = field(default_factory=SceneSettings)
-
-
-def rate_at(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine to a hundredth of the peak."""
-    if step < settings.warmup:
-        return settings.rate * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def completion_settings(steps: int, scenes_of: SceneSettings, *, guidance: float = GUIDANCE) -> CompletionSettings:
@@ -181,7 +173,7 @@ class Training:
 
     def _step(self, step: int) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(step, self.settings)
+            group["lr"] = rate_at(step, self.settings.steps, self.settings.rate, self.settings.warmup)
         drawn = draw(self.given, self.settings, step)
         noisy = add_noise(self.schedule, drawn.full, drawn.noise, drawn.levels, "local")
         predicted = self.networks(noisy, drawn.scans, drawn.levels)
@@ -190,21 +182,14 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
         self.optimizer.step()
-        decay = min(self.settings.ema, (step + 1) / (step + 10))
-        for key, value in self.networks.state_dict().items():
-            if value.is_floating_point():
-                self.average[key].lerp_(value, 1 - decay)
-            else:
-                self.average[key].copy_(value)
+        follow(self.average, self.networks, step, ema=self.settings.ema)
         return loss.item()
 
     def averaged(self, watch: Any) -> Any:
         """``watch(networks)`` with the averaged weights in them, in evaluation mode."""
-        raw = {key: value.clone() for key, value in self.networks.state_dict().items()}
-        self.networks.load_state_dict(self.average)
-        self.networks.eval()
-        found = watch(self.networks)
-        self.networks.load_state_dict(raw)
+        with averaged(self.networks, self.average):
+            self.networks.eval()
+            found = watch(self.networks)
         self.networks.train()
         return found
 
@@ -216,9 +201,7 @@ class Training:
             "step": step,
             "made_with": asdict(self.settings),
         }
-        temporary = self.file.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.file)
+        write_state(self.file, state)
 
 
 def measure(
@@ -287,17 +270,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        record = pretrain(options.folder, Settings(steps=options.steps), arguments)
-    except UserError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    print(json.dumps(record, indent=2))
-    if record["bytes"] > SIZE_LIMIT:
-        raise SystemExit(f"this base takes {record['bytes']} bytes; {SIZE_LIMIT} may be shipped")
-    reason = unfit(record["figures"])
-    if reason is not None:
-        raise SystemExit(f"this base is not fit to be aligned: {reason}")
+    settings = Settings(steps=options.steps)
+
+    def train() -> tuple[dict[str, Any], str | None]:
+        record = pretrain(options.folder, settings, arguments)
+        if record["bytes"] > SIZE_LIMIT:
+            return record, f"this base takes {record['bytes']} bytes; {SIZE_LIMIT} may be shipped"
+        return record, unfit_in_words(unfit(record["figures"]))
+
+    run_command(train)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Nothing here imports transformers or loads a model, so that ``explain`` and ``--
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,12 +20,10 @@ from polyalign.core.recipe import (
     ReportConfig,
     TrackingConfig,
     TrainSettings,
+    named_as_folders,
 )
 from polyalign.core.recipe_loops import FastSlowConfig, GuideConfig, MarginsConfig, OnlineConfig
 from polyalign.datasets.formats.table import TEXT_SOURCES, checked_options
-
-ARM = re.compile(r"[a-z0-9][a-z0-9_-]*")
-"""Names of arms, which are also names of folders on every system."""
 
 BETA = {"value": 0.1, "convention": "nats"}
 """Beta of an objective whose own default is for squared errors: the usual value for language models."""
@@ -390,10 +387,7 @@ class TextRecipe(Section):
     @field_validator("arms")
     @classmethod
     def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
-        for name in arms:
-            if not ARM.fullmatch(name):
-                raise ValueError(f"the name {name!r} is no folder's: take a-z, 0-9, - and _, a letter or digit first")
-        return arms
+        return named_as_folders(arms)
 
 
 def _with_beta(objective: Any) -> Any:

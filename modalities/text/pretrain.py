@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import random
 import shlex
 import sys
@@ -34,6 +33,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.clinical.stay import prompt_of
 from polyalign.datasets.worlds import clinical
+from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
 from polyalign.modalities.text import tiny_architecture as tiny
 
 MODULE = "polyalign.modalities.text.pretrain"
@@ -55,14 +55,6 @@ class Settings:
     tokenizer_stays: int = 3_000
     save_every: int = 500
     measured: int = 400
-
-
-def rate_at(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine to a hundredth of the peak."""
-    if step < settings.warmup:
-        return settings.rate * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def random_rows(count: int, seed: int, purpose: str, number: int) -> list[tuple[str, str]]:
@@ -150,7 +142,7 @@ class Training:
 
     def _step(self, step: int) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(step, self.settings)
+            group["lr"] = rate_at(step, self.settings.steps, self.settings.rate, self.settings.warmup)
         ids, labels = self.data.batch(step)
         logits = self.network(ids[:, :-1]).logits  # rows are padded on the right, where a causal model does not look
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
@@ -158,18 +150,13 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        decay = min(self.settings.ema, (step + 1) / (step + 10))
-        for key, value in self.network.state_dict().items():
-            self.average[key].lerp_(value, 1 - decay)
+        follow(self.average, self.network, step, ema=self.settings.ema)
         return loss.item()
 
     def averaged(self, watch: Any) -> Any:
         """``watch(network)`` with the averaged weights in it."""
-        raw = {key: value.clone() for key, value in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average)
-        found = watch(self.network)
-        self.network.load_state_dict(raw)
-        return found
+        with averaged(self.network, self.average):
+            return watch(self.network)
 
     def _save(self, step: int) -> None:
         state = {
@@ -179,9 +166,7 @@ class Training:
             "step": step,
             "made_with": asdict(self.settings),
         }
-        temporary = self.file.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.file)
+        write_state(self.file, state)
 
 
 @torch.no_grad()
@@ -271,15 +256,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        record = pretrain(options.folder, Settings(steps=options.steps), arguments)
-    except UserError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    print(json.dumps(record, indent=2))
-    reason = unfit(record["figures"])
-    if reason is not None:
-        raise SystemExit(f"this base is not fit to be aligned: {reason}")
+    settings = Settings(steps=options.steps)
+
+    def train() -> tuple[dict[str, Any], str | None]:
+        record = pretrain(options.folder, settings, arguments)
+        return record, unfit_in_words(unfit(record["figures"]))
+
+    run_command(train)
 
 
 if __name__ == "__main__":

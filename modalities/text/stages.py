@@ -16,6 +16,7 @@ from polyalign.datasets.formats.table import TEXT_SOURCES
 from polyalign.modalities import verbs
 from polyalign.modalities.arms import train_arms
 from polyalign.modalities.fingerprints import fingerprint
+from polyalign.modalities.held_out import keeps_pairs
 from polyalign.modalities.loops import specs_of
 from polyalign.modalities.text.base_folder import TINY_BASE, local_folder, positions_of, refuse_what_is_no_base
 from polyalign.modalities.text.config import IN_DISTRIBUTION, TextRecipe
@@ -46,7 +47,7 @@ def refuse_early(recipe: TextRecipe) -> None:
     fingerprint(recipe.model.chat_template)
     verbs.refuse_seats(recipe, who="a text recipe", loader="TextAdapter.load_lora(model, folder, ")
     _refuse_start(recipe)
-    _refuse_labels(recipe)
+    verbs.refuse_labels(recipe, "token", "answers to")
     data: frozenset[Any] = frozenset({"labels" if recipe.pairs.labelled else "pairs"})
     verbs.refuse_objectives(recipe, Offer("a text recipe", "token", CAPABILITIES, data))
     _refuse_beta(recipe)
@@ -87,22 +88,6 @@ def _refuse_start(recipe: TextRecipe) -> None:
         )
 
 
-def _refuse_labels(recipe: TextRecipe) -> None:
-    """Raises UserError for an objective that compares two answers, where there are single ones."""
-    from polyalign.core.objectives.table import TABLE, build
-
-    if not recipe.pairs.labelled:
-        return
-    able = [name for name, row in TABLE.items() if "labels" in row.data and "token" in row.likelihoods]
-    for key, spec in specs_of(recipe).items():
-        objective = build(spec)
-        if "labels" not in objective.data:
-            raise UserError(
-                f"{key}: {objective.name} compares two answers to a prompt, and pairs.source: labels has single ones. Take one "
-                f"of {', '.join(able)}, or another source"
-            )
-
-
 def _refuse_rewards(recipe: TextRecipe) -> None:
     """Raises UserError where rewards would be compared on pairs that are not there, or in distribution alone."""
     rewards = recipe.evaluate.rewards
@@ -110,7 +95,7 @@ def _refuse_rewards(recipe: TextRecipe) -> None:
         return
     for place in rewards.splits.values():
         fingerprint(place)
-    if IN_DISTRIBUTION not in rewards.splits and not _keeps_pairs(recipe):
+    if IN_DISTRIBUTION not in rewards.splits and not keeps_pairs(recipe):
         raise UserError(
             f"evaluate.rewards.splits needs '{IN_DISTRIBUTION}', a pair store, since this recipe keeps no pairs aside: it does "
             "so where pairs are made or read before the training and evaluate.prompts is left out (evaluate.held_out)"
@@ -120,11 +105,6 @@ def _refuse_rewards(recipe: TextRecipe) -> None:
             "evaluate.rewards.splits needs one or more pair stores out of distribution, such as 'prompt shift' or 'response "
             "shift'"
         )
-
-
-def _keeps_pairs(recipe: TextRecipe) -> bool:
-    """Whether some of the run's pairs take no part in training."""
-    return recipe.evaluate.prompts is None and recipe.online is None and not recipe.pairs.labelled
 
 
 def _refuse_beta(recipe: TextRecipe) -> None:
