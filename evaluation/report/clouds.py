@@ -18,17 +18,24 @@ SCRIPT = HERE / "clouds.js"
 MOST_POINTS = 20_000
 """Points of a cloud that are shown; of larger ones, so many spread evenly over it."""
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --quiet: #586172; --page: #f7f6f3; --rule: #dfdfda; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --quiet: #a3acba; --page: #14171c; --rule: #343b46; } }
+CLOUD_STYLE = """
+.clouds { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 12px; }
+.clouds figure { margin: 0; }
+.clouds canvas { width: 100%; aspect-ratio: 1; background: #0e1116; border: 1px solid #8884; border-radius: 6px;
+  touch-action: none; cursor: grab; }
+"""
+"""Of the clouds alone, for a page that has a style of its own."""
+
+STYLE = (
+    """
+:root { color-scheme: light dark; --ink: #1c2430; --quiet: #586172; --page: #f7f6f3; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --quiet: #a3acba; --page: #14171c; } }
 body { margin: 0 auto; max-width: 1240px; padding: 24px; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
 p, figcaption span { color: var(--quiet); }
-.clouds { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 12px; }
-figure { margin: 0; }
-canvas { width: 100%; aspect-ratio: 1; background: #0e1116; border: 1px solid var(--rule); border-radius: 6px;
-  touch-action: none; cursor: grab; }
 """
+    + CLOUD_STYLE
+)
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,29 @@ def clouds_page(title: str, scenes: Sequence[CloudScene]) -> str:
     """
     script = SCRIPT.read_text(encoding="utf-8")
     policy = f"default-src 'none'; style-src '{_hashed(STYLE)}'; script-src '{_hashed(script)}'; base-uri 'none'"
-    body = "".join(_scene(scene) for scene in scenes)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>{text(title, 120)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{text(title, 120)}</h1>\n"
-        "<p>Drag to turn, wheel to come nearer; with the keyboard, arrows, + and -. Colour is height.</p>\n"
-        "<noscript><p>The clouds are drawn by the page's own script, which is switched off here.</p></noscript>\n"
-        f"{body}\n<script>{script}</script>\n</body>\n</html>\n"
+        f"{clouds_body(scenes)}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _scene(scene: CloudScene) -> str:
+def clouds_body(scenes: Sequence[CloudScene], *, heading: str = "h2") -> str:
+    """The scenes alone, for a page that has the script and :data:`CLOUD_STYLE`; ``heading`` is the tag of their names.
+
+    Raises:
+        UserError: as :func:`clouds_page`.
+    """
+    return (
+        "<p>Drag to turn, wheel to come nearer; with the keyboard, arrows, + and -. Colour is height.</p>\n"
+        "<noscript><p>The clouds are drawn by the page's own script, which is switched off here.</p></noscript>\n"
+        + "".join(_scene(scene, heading) for scene in scenes)
+    )
+
+
+def _scene(scene: CloudScene, heading: str) -> str:
     """One row of canvases that share centre, scale and colours."""
     if not scene.clouds:
         raise UserError(f"scene {scene.name!r} has no clouds to show")
@@ -70,7 +87,8 @@ def _scene(scene: CloudScene) -> str:
     reach = float(np.percentile(np.linalg.norm(every[:, :2], axis=1), 99)) or 1.0
     figures = "".join(_figure(label, cloud, scene.remarks.get(label, "")) for label, cloud in clouds.items())
     numbers = f'data-reach="{100 * reach:.0f}" data-low="{100 * low:.0f}" data-span="{max(1.0, 100 * (high - low)):.0f}"'
-    return f'<section data-scene="" {numbers}><h2>{text(scene.name, 120)}</h2><div class="clouds">{figures}</div></section>'
+    name = f"<{heading}>{text(scene.name, 120)}</{heading}>"
+    return f'<div data-scene="" {numbers}>{name}<div class="clouds">{figures}</div></div>'
 
 
 def _figure(label: str, cloud: np.ndarray, remark: str) -> str:

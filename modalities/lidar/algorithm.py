@@ -64,6 +64,8 @@ class DistillationSettings:
     loser_weight: of the rejected term. At 1, as published, sampling in several steps has been seen to diverge.
     teacher_guidance: of the teacher's noise; above 1 the student learns what guidance does, and needs none itself.
     assistant_steps: steps of the assistants for each of the student.
+    assistant_lead: steps at the beginning that are the assistants' alone. They start as copies of the teacher, so the first
+        differences of scores are rounding and chance, of which Adam would make full steps of the student.
     assistant_rank: of low-rank assistants; None for whole copies.
     diverged: a run whose samples are so many times as far from the ground truth as its first ones is refused.
     """
@@ -78,6 +80,7 @@ class DistillationSettings:
     loser_weight: float = 0.3
     teacher_guidance: float = 1.0
     assistant_steps: int = 1
+    assistant_lead: int = 0
     assistant_rank: int | None = None
     diverged: float = 2.0
 
@@ -86,6 +89,8 @@ class DistillationSettings:
             raise UserError(f"the student is trained for numbers of steps from 1 on, found {self.courses}")
         if self.assistant_steps < 1:
             raise UserError(f"assistants need at least one step for each of the student's, found {self.assistant_steps}")
+        if self.assistant_lead < 0:
+            raise UserError(f"assistant_lead counts steps, found {self.assistant_lead}")
         if self.completion.coarser:
             raise UserError("distillation works with one voxel size; leave out completion.coarser")
 
@@ -127,22 +132,12 @@ class DistillationPreference:
         self.encoder.to(layout.device)
 
     def prepare(self, rows: Sequence[Row], *, step: int) -> Batch:
-        """A batch of scans and ground truths.
-
-        Raises:
-            UserError: rows whose clouds have other sizes than those beside them.
-        """
-        tensors = {}
-        for name in ("scan", "full"):
-            shapes = {np.shape(row[name]) for row in rows}
-            if len(shapes) != 1:
-                raise UserError(f"clouds of a batch have one size, found {sorted(shapes)} in {name!r}; resample them first")
-            tensors[name] = torch.as_tensor(np.stack([row[name] for row in rows]), dtype=torch.float32)
-        return Batch(tuple(str(row["pair_id"]) for row in rows), torch.tensor([[1.0, 0.0]] * len(rows)), tensors)
+        """See :func:`scans_and_truths`."""
+        return scans_and_truths(rows)
 
     def student_turn(self, step: int) -> bool:
         """Whether ``step``, from 1, is one of the student's; the others are the assistants'."""
-        return step % (self.settings.assistant_steps + 1) == 0
+        return step > self.settings.assistant_lead and step % (self.settings.assistant_steps + 1) == 0
 
     def step(self, batch: Batch, *, step: int) -> dict[str, Outcome]:
         work = _Work(self, batch, step)
@@ -288,6 +283,21 @@ class _Work:
             self.guided(network, guidance).at(voxels, inverse, levels, size).reshape(noisy.shape)
             for network, guidance in networks
         ]
+
+
+def scans_and_truths(rows: Sequence[Row]) -> Batch:
+    """A batch of scans ``scan`` (G, P, 3) and ground truths ``full`` (G, M, 3).
+
+    Raises:
+        UserError: rows whose clouds have other sizes than those beside them.
+    """
+    tensors = {}
+    for name in ("scan", "full"):
+        shapes = {np.shape(row[name]) for row in rows}
+        if len(shapes) != 1:
+            raise UserError(f"clouds of a batch have one size, found {sorted(shapes)} in {name!r}; resample them first")
+        tensors[name] = torch.as_tensor(np.stack([row[name] for row in rows]), dtype=torch.float32)
+    return Batch(tuple(str(row["pair_id"]) for row in rows), torch.tensor([[1.0, 0.0]] * len(rows)), tensors)
 
 
 def distillation_optimizers(config: OptimizerConfig, assistant_ratio: float) -> dict[str, OptimizerConfig]:

@@ -61,23 +61,17 @@ def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows])) for name in METRICS}
 
 
-def compared(
-    before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]], given: Sequence[Scene], seed: int
-) -> dict[str, Any]:
-    """What has changed from ``before`` to ``after`` on the same S scenes: for each metric both means, the mean difference
-    (below 0: better) and the ratio of the means, with bootstrap intervals over streets."""
-    streets = [scene.name.rsplit("-", 1)[0] for scene in given]
-    found: dict[str, Any] = {}
-    for name in METRICS:
-        first, second = ([row[name] for row in rows] for rows in (before, after))
-        difference, interval = bootstrap_mean([b - a for a, b in zip(first, second, strict=True)], seed=seed, clusters=streets)
-        drawn = [resampled_means(values, seed=seed, clusters=streets) for values in (first, second)]
-        found[name] = {
-            "before": float(np.mean(first)),
-            "after": float(np.mean(second)),
-            "difference": difference,
-            "difference_interval": list(interval),
-            "ratio": float(np.mean(second) / np.mean(first)),
-            "ratio_interval": list(percentile_interval(drawn[1] / drawn[0])),
-        }
-    return found
+def paired_change(before: Sequence[float], after: Sequence[float], groups: Sequence[str], seed: int) -> dict[str, Any]:
+    """Both means of a metric over the same S scenes, the mean difference and the ratio of the means, with bootstrap intervals
+    that draw whole groups of scenes. There is no ratio (None) where ``before`` may be 0 on average."""
+    difference, interval = bootstrap_mean([b - a for a, b in zip(before, after, strict=True)], seed=seed, clusters=groups)
+    drawn = [resampled_means(values, seed=seed, clusters=groups) for values in (before, after)]
+    divisible = bool((drawn[0] != 0).all())  # an F1 may be 0 everywhere
+    return {
+        "before": float(np.mean(before)),
+        "after": float(np.mean(after)),
+        "difference": difference,
+        "difference_interval": list(interval),
+        "ratio": float(np.mean(after) / np.mean(before)) if divisible else None,
+        "ratio_interval": list(percentile_interval(drawn[1] / drawn[0])) if divisible else None,
+    }

@@ -47,7 +47,11 @@ WEIGHTS = "completion.safetensors"
 VOXEL = 0.2
 """Of the small scenes, in metres: their points lie a metre apart, so a neighbour within a few voxels is rare in smaller
 ones."""
-GUIDANCE = 1.0
+GUIDANCE = 3.5
+"""Distillation-DPO's. In many steps it makes little difference to the embedded base, in few it makes it worse."""
+NOISE_SCALE = 0.6
+"""Of the starting noise, in metres. Of 8 steps of a half-trained base without guidance, the Chamfer distance was 0.55 m with
+1.0 and 0.37 m with 0.6 (input: 0.52 m)."""
 SIZE_LIMIT = 6_000_000
 
 
@@ -76,7 +80,7 @@ def completion_settings(steps: int, scenes_of: SceneSettings, *, guidance: float
     that the noise is never all taken away again; in a trial the Chamfer distance of 8 steps was 0.67 m without and 0.85 m with
     it."""
     solver = SolverSettings(steps, stochastic=False)
-    return CompletionSettings(solver, guidance=guidance, copies=scenes_of.copies, voxel=VOXEL)
+    return CompletionSettings(solver, guidance=guidance, copies=scenes_of.copies, noise_scale=NOISE_SCALE, voxel=VOXEL)
 
 
 class Networks(nn.Module):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polyalign.core.adapter import Row
 from polyalign.datasets.lidar.filters import PointFilter, farthest_points, in_view
 from polyalign.datasets.lidar.maps import SceneMap
 from polyalign.datasets.lidar.samples import resampled
@@ -79,23 +78,3 @@ def _scene(name: str, scan: StreetScan, known: SceneMap, settings: SceneSettings
     around = around[in_view(around, points)]
     chosen = points[farthest_points(points, settings.scan_points)]
     return Scene(name, chosen.astype(np.float32), around.astype(np.float32))
-
-
-class SceneRows:
-    """Scenes as rows of a training: {"pair_id", "scan", "full"}; the ground truth of a scene is drawn once."""
-
-    def __init__(self, given: Sequence[Scene], settings: SceneSettings):
-        self._rows = [
-            {
-                "pair_id": scene.name,
-                "scan": scene.scan,
-                "full": scene.full(settings.full_points, np.random.default_rng(len(scene.surroundings))),
-            }
-            for scene in given
-        ]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def rows(self, indices: Sequence[int]) -> list[Row]:
-        return [self._rows[index] for index in indices]

@@ -15,8 +15,10 @@ forward map.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from scipy.spatial import KDTree
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 
 from polyalign.core.errors import UserError
 
@@ -97,8 +100,20 @@ class KernelMap:
                 yield offset, source, target
 
     def swapped(self) -> KernelMap:
-        """The map of the transposed convolution."""
+        """The map of the transposed convolution; always the same object."""
+        return self._swapped
+
+    @cached_property
+    def _swapped(self) -> KernelMap:
         return KernelMap(self.outputs, self.inputs, self.output_count, self.input_count)
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """The same as one int32 table (2, K^3, P), input and output indices, filled up with -1 to the longest offset, and the
+        number of pairs of each offset (K^3,) int32."""
+        counts = [len(source) for source in self.inputs]
+        sides = [pad_sequence(list(side), batch_first=True, padding_value=-1) for side in (self.inputs, self.outputs)]
+        return torch.stack(sides).to(torch.int32), torch.tensor(counts, dtype=torch.int32, device=sides[0].device)
 
 
 def build_kernel_map(inputs: Tensor, outputs: Tensor, offsets: Tensor, *, same: bool) -> KernelMap:
@@ -164,13 +179,20 @@ class _SparseConvolution(torch.autograd.Function):
         return to_features, to_kernel, None
 
 
+FAST_PATH: ContextVar[Callable[[Tensor, Tensor, KernelMap], Tensor | None] | None] = ContextVar("FAST_PATH", default=None)
+"""What convolves on CUDA instead of ours, where it is set and gives a result; see ``spconv_backend.spconv_convolutions``."""
+
+
 def sparse_convolution(features: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
     """Features (V_in, C_in) and a kernel (K^3, C_in, C_out) to (V_out, C_out), see the module's conventions. Differentiable
     once, in both. Under autocast both are cast as a matrix product's would be."""
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
         features, kernel = features.to(dtype), kernel.to(dtype)
-    result = _SparseConvolution.apply(features, kernel, kernel_map)
+    fast = FAST_PATH.get()
+    result = None if fast is None or not features.is_cuda else fast(features, kernel, kernel_map)
+    if result is None:
+        result = _SparseConvolution.apply(features, kernel, kernel_map)
     assert isinstance(result, Tensor)
     return result
 

@@ -14,7 +14,7 @@ from polyalign.core.errors import UserError
 from polyalign.modalities.lidar import pretrain as base
 from polyalign.modalities.lidar.checkpoints import open_completion
 from polyalign.modalities.lidar.layers import SparseBatchNorm
-from polyalign.modalities.lidar.scenes import Scene, SceneRows, SceneSettings, scenes
+from polyalign.modalities.lidar.scenes import Scene, SceneSettings, scenes
 
 torch.set_num_threads(1)
 SCENES = SceneSettings(scan_points=60, copies=2, drives=5, ends=2, every=2)
@@ -36,8 +36,6 @@ def test_scenes_are_cut_from_streets(given: list[Scene]) -> None:
         assert max(reach) < SCENES.farthest + 1e-3
         nearest = np.linalg.norm(scene.scan[:, None] - scene.surroundings[None], axis=2).min(axis=1)
         assert nearest.max() < 0.2  # the scan's static points are in the map, but for its voxels of 0.1 m
-    rows = SceneRows(given, SCENES).rows([1, 0])
-    assert [row["pair_id"] for row in rows] == ["train-0001-02", "train-0000-02"] and rows[0]["full"].shape == (120, 3)
 
 
 def test_a_batch_is_its_step(given: list[Scene]) -> None:
