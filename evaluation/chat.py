@@ -14,12 +14,13 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from polyalign.core.errors import UserError
 from polyalign.evaluation.kept_answers import KeptAnswers
 
+Answer = TypeVar("Answer")
 Content = str | Sequence[Mapping[str, Any]]
 """Of a message: text, or parts such as text and pictures."""
 LONGEST_ANSWER = 1 << 20
@@ -114,7 +115,7 @@ class ChatEndpoint:
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._lock = threading.Lock()
 
-    def ask(self, content: Content, read: Callable[[str], float]) -> float:
+    def ask(self, content: Content, read: Callable[[str], Answer]) -> Answer:
         """One question, as the content of a user's message, and what ``read`` makes of the answer.
 
         Raises:
@@ -133,7 +134,7 @@ class ChatEndpoint:
         self.kept.put(key, answer)
         return value
 
-    def _asked(self, body: bytes, read: Callable[[str], float]) -> tuple[float, str]:
+    def _asked(self, body: bytes, read: Callable[[str], Answer]) -> tuple[Answer, str]:
         """What ``read`` makes of the first usable answer, and the answer."""
         said, pause = "", 0.0
         for attempt in range(self.retries + 1):

@@ -149,14 +149,14 @@ def compare_distributions(
     """
     first, second = _checked(reference, generated, least=max(4, neighbours + 1))
     generator = np.random.default_rng(seed_of(seed, "distribution halves"))
-    one, other = (_halves(len(side), halves, generator) for side in (first, second))
+    one, other = (halves_of(len(side), halves, generator) for side in (first, second))
     pairs = zip(one.T.astype(bool), other.T.astype(bool), strict=True)
     fids = np.array([frechet_distance(first[a], second[b]) for a, b in pairs])
     kids = _kernel_distances(first, second, one, other)
     precision, recall = precision_recall(first, second, neighbours=neighbours)
     return {
-        "fid": {"value": (fid := frechet_distance(first, second)), "interval": _around(fid, fids, least=0.0)},
-        "kid": {"value": (kid := kernel_distance(first, second)), "interval": _around(kid, kids)},
+        "fid": {"value": (fid := frechet_distance(first, second)), "interval": around(fid, fids, least=0.0)},
+        "kid": {"value": (kid := kernel_distance(first, second)), "interval": around(kid, kids)},
         "precision": {"value": precision, "interval": _wilson(precision, len(second))},
         "recall": {"value": recall, "interval": _wilson(recall, len(first))},
         "samples": {"reference": len(first), "generated": len(second)},
@@ -168,15 +168,16 @@ def compare_distributions(
     }
 
 
-def _halves(count: int, halves: int, generator: np.random.Generator) -> np.ndarray:
-    """(count, halves) of 0 and 1: each column picks half of the samples."""
+def halves_of(count: int, halves: int, generator: np.random.Generator) -> np.ndarray:
+    """(count, halves) of 0 and 1: each column picks half of the samples, for a delete-half jackknife."""
     picked = np.zeros((count, halves))
     for column in picked.T:
         column[generator.permutation(count)[: count // 2]] = 1.0
     return picked
 
 
-def _around(value: float, of_halves: np.ndarray, *, least: float = -np.inf) -> list[float]:
+def around(value: float, of_halves: np.ndarray, *, least: float = -np.inf) -> list[float]:
+    """The 95 % interval of a value from its values on random halves: value +- 1.96 times their deviation."""
     half = float(norm.ppf(0.975) * of_halves.std(ddof=1))
     return [max(least, value - half), value + half]
 

@@ -54,9 +54,18 @@ TEXT_JUDGES: Mapping[str, str] = {
     "http_text": "polyalign.evaluation.text_judges.endpoint:HttpTextJudge",
 }
 
-JUDGES: Mapping[str, str] = {**PICTURE_JUDGES, **TEXT_JUDGES}
+SOUND_JUDGES: Mapping[str, str] = {
+    "sounds": "polyalign.datasets.worlds.sound_detector:SoundsJudge",
+    "clap": "polyalign.evaluation.audio.judges:ClapJudge",
+    "clap_order": "polyalign.evaluation.audio.judges:ClapOrderJudge",
+    "ast_order": "polyalign.evaluation.audio.judges:AstOrderJudge",
+    "event_order": "polyalign.evaluation.audio.judges:EventOrderJudge",
+    "http_sound": "polyalign.evaluation.audio.endpoint:HttpSoundJudge",
+}
 
-OF_OUTPUTS: Mapping[str, Mapping[str, str]] = {"picture": PICTURE_JUDGES, "text": TEXT_JUDGES}
+JUDGES: Mapping[str, str] = {**PICTURE_JUDGES, **TEXT_JUDGES, **SOUND_JUDGES}
+
+OF_OUTPUTS: Mapping[str, Mapping[str, str]] = {"picture": PICTURE_JUDGES, "text": TEXT_JUDGES, "sound": SOUND_JUDGES}
 """Our judges by the kind of outputs that they judge."""
 
 

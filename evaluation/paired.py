@@ -12,6 +12,9 @@ from PIL import Image
 from polyalign.core.adapter import Judge
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
+from polyalign.evaluation.audio.sound import is_sound
+from polyalign.evaluation.audio.statistics import SOUND_STATISTICS
+from polyalign.evaluation.audio.temporal import summary
 from polyalign.evaluation.diversity import compare_diversity, thumbnails
 from polyalign.evaluation.image_statistics import IMAGE_STATISTICS
 from polyalign.evaluation.judges import checked_scores, parts, refuse_unfit
@@ -52,7 +55,8 @@ def evaluate_paired(
         ``judge.broken_below`` and ``judge.right_from`` where the judge has those attributes; for pictures of which some share a
         prompt, ``diversity`` (:func:`~polyalign.evaluation.diversity.compare_diversity` of thumbnails). Items of texts have
         ``base_text`` and ``aligned_text`` in the place of ``base_image`` and ``aligned_image``, and ``lengths`` compares their
-        numbers of words as ``artefacts`` does, without an alarm.
+        numbers of words as ``artefacts`` does, without an alarm. Items of sounds have ``base_sound`` and ``aligned_sound``, and
+        where a judge finds events ``temporal`` has each model's presence, order and strict match.
 
     Raises:
         UserError: nothing to compare, lengths that differ, two judges of one name, a judge that only compares outputs of one
@@ -82,13 +86,14 @@ def evaluate_paired(
         report["other_judges"][judge.name] = {**rate, "parts": parts(judge), "version": judge.version}
     pictures = _are(Image.Image, base_outputs, aligned_outputs)
     if artefacts is None:
-        artefacts = IMAGE_STATISTICS if pictures else {}
+        artefacts = IMAGE_STATISTICS if pictures else SOUND_STATISTICS if _sounds(base_outputs, aligned_outputs) else {}
     if pictures and len(set(table.prompts)) < len(table.prompts):
         small = thumbnails(base_outputs), thumbnails(aligned_outputs)
         report["diversity"] = compare_diversity(*small, table.prompts, metric="rms", seed=seed)
     if _are(str, base_outputs, aligned_outputs):
         words = {"words": words_of}
         report["lengths"] = compare_statistics(words, base_outputs, aligned_outputs, prompts=table.prompts, seed=seed)
+    report |= _temporal(judges, conditions, {"base": base_outputs, "aligned": aligned_outputs, **arms})
     if artefacts:
         report["artefacts"] = compare_statistics(artefacts, base_outputs, aligned_outputs, prompts=table.prompts, seed=seed)
     return report
@@ -195,11 +200,28 @@ def _shown(
         return [{"base_text": one, "aligned_text": other} for one, other in zip(base, aligned, strict=True)]
     none = [None] * len(base)
     paths = zip(base_images or none, aligned_images or none, strict=True)
-    return [{"base_image": one, "aligned_image": other} for one, other in paths]
+    kind = "sound" if _sounds(base, aligned) else "image"
+    return [{f"base_{kind}": one, f"aligned_{kind}": other} for one, other in paths]
 
 
 def _are(kind: type, *columns: Sequence[Any]) -> bool:
     return all(isinstance(output, kind) for column in columns for output in column)
+
+
+def _sounds(*columns: Sequence[Any]) -> bool:
+    return all(is_sound(output) for column in columns for output in column)
+
+
+def _temporal(
+    judges: Sequence[Judge], conditions: Sequence[Mapping[str, Any]], outputs: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """``temporal``: presence, order and strict match of each model's sounds by the first judge that finds events (it has
+    ``outcomes``); nothing without such a judge."""
+    finder: Any = next((judge for judge in judges if hasattr(judge, "outcomes")), None)
+    if finder is None:
+        return {}
+    found = {name: summary(finder.outcomes(conditions, column)) for name, column in outputs.items()}
+    return {"temporal": {"judge": finder.name, "version": finder.version, **found}}
 
 
 def words_of(text: str) -> float:

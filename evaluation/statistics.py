@@ -109,17 +109,33 @@ def resampled_means(
     Raises:
         ValueError: no values, or as many clusters as values are not given.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
+    if len(values) == 0:
         raise ValueError("the mean of no values is not defined")
-    sums, sizes = _by_cluster(array, clusters)
+    sums, sizes = resampled_sums([values, [1.0] * len(values)], seed=seed, clusters=clusters, resamples=resamples)
+    return sums / sizes
+
+
+def resampled_sums(
+    columns: Sequence[Sequence[float]], *, seed: int, clusters: Sequence[Hashable] | None = None, resamples: int = 2000
+) -> np.ndarray:
+    """(K, R) sums of K columns over R draws of whole clusters, the same for all columns: for statistics that are functions of
+    sums, such as F1.
+
+    Raises:
+        ValueError: no rows, columns of different lengths, or as many clusters as rows are not given.
+    """
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    if len({len(array) for array in arrays}) != 1 or arrays[0].size == 0:
+        raise ValueError(f"columns of one length above 0 are needed, found lengths {[len(array) for array in arrays]}")
+    sums = [_by_cluster(array, clusters)[0] for array in arrays]
     generator = np.random.default_rng(seed_of(seed, "bootstrap"))
-    means = np.empty(resamples)
-    rows = max(1, _CHUNK // len(sums))
+    found = np.empty((len(sums), resamples))
+    rows = max(1, _CHUNK // len(sums[0]))
     for start in range(0, resamples, rows):
-        drawn = generator.integers(len(sums), size=(min(rows, resamples - start), len(sums)))
-        means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    return means
+        drawn = generator.integers(len(sums[0]), size=(min(rows, resamples - start), len(sums[0])))
+        for place, column in enumerate(sums):
+            found[place, start : start + len(drawn)] = column[drawn].sum(axis=1)
+    return found
 
 
 def percentile_interval(resampled: np.ndarray, confidence: float = 0.95) -> Interval:

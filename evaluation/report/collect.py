@@ -15,6 +15,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import sha256_of
 from polyalign.evaluation.report.recipe import RecipeDifference, compare_with_recipe
 from polyalign.evaluation.report.shape import malformed
+from polyalign.evaluation.report.sounds import looks_like_sound
 
 HASHED_AT_MOST = 512 * 2**20
 """Files above this size in bytes are listed by size only; hashing them would cost longer than the report."""
@@ -73,7 +74,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class PairExample:
-    """One training pair as it lies in the store; pictures as the encoded bytes, texts as text."""
+    """One training pair as it lies in the store; pictures and sounds as the encoded bytes, texts as text."""
 
     prompt: str
     chosen: bytes | str
@@ -99,6 +100,8 @@ class ReportData:
     missing: Sequence[str]
     left_out: Mapping[str, Any] = field(default_factory=dict)
     """What was left out of the pairs before training, by reason (``left_out.json``)."""
+    scans: Mapping[str, Any] = field(default_factory=dict)
+    """What ``scenes/summary.json`` says of scans and ground truth."""
 
     @property
     def title(self) -> str:
@@ -108,11 +111,16 @@ class ReportData:
 
     @property
     def outputs(self) -> str:
-        """What the models make: "picture", or "text" where the recipe, the evaluation or the pairs say so."""
+        """What the models make: "picture", or what the recipe, the evaluation or the pairs say: "text", "sound", "cloud"."""
+        if self.config.get("modality") == "lidar" or "completions" in (self.evaluation or {}):
+            return "cloud"
         items = (self.evaluation or {}).get("items") or [{}]
         shown = [example.chosen for example in self.pair_examples[:1]]
         texts = "base_text" in items[0] or any(isinstance(one, str) for one in shown)
-        return "text" if texts or self.config.get("modality") == "text" else "picture"
+        if texts or self.config.get("modality") == "text":
+            return "text"
+        sounds = "base_sound" in items[0] or any(isinstance(one, bytes) and looks_like_sound(one) for one in shown)
+        return "sound" if sounds or self.config.get("modality") == "audio" else "picture"
 
     @property
     def grid(self) -> int | None:
@@ -142,7 +150,9 @@ def collect(folder: Path) -> ReportData:
     if evaluation and (problem := malformed(evaluation)) is not None:
         missing.append(f"evaluation.json: is not what the evaluation writes ({problem}); run the stage evaluate again")
         evaluation = {}
-    pairs = _mapping(folder / "pairs" / "summary.json", missing, "the data card's figures")
+    scans = _mapping(folder / "scenes" / "summary.json", [], "")
+    of_scans = bool(scans) and not (folder / "pairs").exists()  # pairs are made while training, and not kept
+    pairs = {} if of_scans else _mapping(folder / "pairs" / "summary.json", missing, "the data card's figures")
     stages = _mapping(folder / "stages.json", missing, "time and memory by stage")
     environment = _mapping(folder / "environment.json", missing, "versions and hashes of the environment")
     if not (config or metrics or evaluation or pairs or stages or environment):
@@ -156,13 +166,14 @@ def collect(folder: Path) -> ReportData:
         metrics=metrics,
         evaluation=evaluation or None,
         pairs=pairs or None,
-        pair_examples=read_pair_examples(folder / "pairs", missing),
+        pair_examples=[] if scans else read_pair_examples(folder / "pairs", missing),
         stages={name: block for name, block in stages.items() if isinstance(block, Mapping)},
         environment=environment,
         recipe=compare_with_recipe(folder, config, environment) if config else None,
         files=hash_files(folder),
         missing=missing,
         left_out=_mapping(folder / "left_out.json", [], ""),
+        scans=scans,
     )
 
 

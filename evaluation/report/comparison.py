@@ -92,9 +92,13 @@ def win_rates(evaluation: Mapping[str, Any]) -> str:
         f"With ties counted as half a win: {rate['rate_with_ties']:.3f}, bootstrap interval {low:.3f} to {high:.3f} "
         f"(over {text(evaluation.get('prompts', '?'))} prompts)."
     )
-    made = "answered" if answers.are_texts(evaluation.get("items") or []) else "drew"
+    items = evaluation.get("items") or []
+    made = "answered" if answers.are_texts(items) else "sounded" if pictures.are_sounds(items) else "drew"
+    made = f"{made} the same prompts"
+    if "completions" in evaluation:
+        made = "completed the same scans"
     return (
-        f"<p>Both models {made} the same prompts with the same seeds. A dot is the share of decided comparisons that were won, "
+        f"<p>Both models {made} with the same seeds. A dot is the share of decided comparisons that were won, "
         "its bar the 95 % Wilson interval; a bar that stays right of the line at 0.5 is a win beyond chance.</p>"
         f'<div class="wins">{"".join(rows)}{scale}</div>{_split_bar(rate)}{note(with_ties)}{arms(evaluation)}'
     )
@@ -169,16 +173,16 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
         if len(items) == total
         else (f"{len(items)} of {total} comparisons: the biggest gains, the worst regressions and a fixed choice of the rest")
     )
-    texts = answers.are_texts(items)
+    texts, kind = answers.are_texts(items), "sounds" if pictures.are_sounds(items) else "pictures"
     said = [f"{which}. Left the base, right the aligned model; below, the judge's score of each."]
     if texts:
         said.append("Words that the other answer does not have are marked; all answers lie in samples/outputs.jsonl.")
     elif not embedded:
-        said.append("The recipe asks for no pictures in this file (report.embed_images); they lie in samples/.")
+        said.append(f"The recipe asks for no {kind} in this file (report.embed_images); they lie in samples/.")
     if shown.left_out:
-        said.append(f"{shown.left_out} pictures are left out to keep this file small.")
+        said.append(f"{shown.left_out} {kind} are left out to keep this file small.")
     if shown.unreadable:
-        said.append(f"{shown.unreadable} pictures are missing or unreadable.")
+        said.append(f"{shown.unreadable} {kind} are missing or unreadable.")
     if len(items) > 1:
         buttons = "".join(
             f'<button type="button" data-sort="{key}" aria-pressed="{"true" if key == "gain" else "false"}">{label}</button>'
@@ -190,11 +194,16 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
     cards = "".join(card(item, shown, place) for place, item in enumerate(items))
     many = len(items) > FIRST_SHOWN
     more = f'<p class="more"><button type="button" id="more">Show all {len(items)}</button></p>' if many else ""
-    kind = f"cards{' texts' if texts else ''}{' short' if many else ''}"
+    styles = f"{_cards(items)}{' short' if many else ''}"
     return (
-        f'<p>{" ".join(said)}</p>{controls}<ul class="{kind}" id="cards">{cards}</ul>{more}'
+        f'<p>{" ".join(said)}</p>{controls}<ul class="{styles}" id="cards">{cards}</ul>{more}'
         '<p id="sorted" class="unseen" role="status"></p>'
     )
+
+
+def _cards(items: Sequence[Item]) -> str:
+    """Classes of a list of cards: those of texts and of sounds are wider."""
+    return "cards texts" if answers.are_texts(items) else "cards sounds" if pictures.are_sounds(items) else "cards"
 
 
 def card(item: Item, shown: pictures.Album, place: int) -> str:
@@ -227,9 +236,10 @@ def _answers(item: Item) -> list[str]:
 
 
 def _picture(item: Item, side: str, shown: pictures.Album) -> str:
-    found = shown.pictures.get(str(item.get(f"{side}_image")))
+    sound = pictures.are_sounds([item])
+    found = shown.pictures.get(str(item.get(f"{side}_{'sound' if sound else 'image'}")))
     if found is None:
-        return '<div class="absent">no picture</div>'
+        return f'<div class="absent">no {"sound" if sound else "picture"}</div>'
     return found.tag(f"{side}: {text_of(item)}, score {number(item[f'{side}_score'])}")
 
 
@@ -246,8 +256,7 @@ def worst(evaluation: Mapping[str, Any], shown: pictures.Album) -> str:
     count = sum(gain(item) < 0 for item in evaluation["items"])
     cards = "".join(card(item, shown, place) for place, item in enumerate(lost))
     which = f"The {len(lost)} worst of {count} comparisons" if count > len(lost) else f"Every comparison ({count})"
-    kind = "cards texts" if answers.are_texts(lost) else "cards"
-    return f'<p>{which} that the aligned model lost.</p><ul class="{kind}">{cards}</ul>'
+    return f'<p>{which} that the aligned model lost.</p><ul class="{_cards(lost)}">{cards}</ul>'
 
 
 def tasks(evaluation: Mapping[str, Any]) -> str:
@@ -287,7 +296,8 @@ def scores_and_alarms(data: ReportData) -> str:
             f"({became} became broken, {mended} were mended).</p>"
         )
     parts.append(_lengths(evaluation["lengths"]) if data.outputs == "text" and evaluation.get("lengths") else "")
-    parts.append(_statistics(evaluation.get("artefacts") or {}) if data.outputs == "picture" else "")
+    parts.append(temporal(evaluation.get("temporal") or {}))
+    parts.append(_statistics(evaluation.get("artefacts") or {}, data.outputs) if data.outputs != "text" else "")
     parts.append(diversity(evaluation.get("diversity") or {}))
     parts.append(implicit_reward(evaluation.get("implicit_reward") or {}))
     return "".join(parts)
@@ -350,9 +360,44 @@ def _lengths(blocks: Mapping[str, Mapping[str, Any]]) -> str:
     return f"<p>{words}</p>{table(head, rows, numeric=(1, 2, 3, 4))}"
 
 
-def _statistics(blocks: Mapping[str, Mapping[str, Any]]) -> str:
+TEMPORAL = {
+    "presence_recall": "events asked for that are there",
+    "order": "pairs of events there and in order",
+    "order_given_present": "in order, of pairs that are there",
+    "strict_match": "exactly what was asked for",
+    "with_extra_events": "sounds with events nobody asked for",
+}
+"""What the shares of :func:`polyalign.evaluation.audio.temporal.summary` are called here."""
+
+
+def temporal(block: Mapping[str, Any]) -> str:
+    """What happens when in the sounds of each model; empty where no judge found events.
+
+    ``block`` has the judge's name and version, and a :func:`polyalign.evaluation.audio.temporal.summary` of each model.
+    """
+    models = [name for name, found in block.items() if isinstance(found, Mapping)]
+    rows = [
+        [words, *(_share(block[name].get(key)) for name in models)]
+        for key, words in TEMPORAL.items()
+        if any(key in block[name] for name in models)
+    ]
+    if not rows:
+        return ""
+    head = ["events in time", *(foreign(name, 40) for name in models)]
+    words = note(f"Found by the judge {foreign(block.get('judge', ''), 80)}; brackets are 95 % Wilson intervals.")
+    return f"<h3>What sounds when</h3>{table(head, rows)}{words}"
+
+
+def _share(block: Mapping[str, Any] | None) -> str:
+    if not block:
+        return "\u2013"
+    low, high = block["interval"]
+    return f"<b>{block['value']:.3f}</b> [{low:.3f}, {high:.3f}] of {block['of']:,}"
+
+
+def _statistics(blocks: Mapping[str, Mapping[str, Any]], outputs: str) -> str:
     if not blocks:
-        return note("No picture statistics were recorded.")
+        return note(f"No {outputs} statistics were recorded.")
     rows = []
     for name, block in blocks.items():
         low, high = block["interval"]
@@ -368,7 +413,8 @@ def _statistics(blocks: Mapping[str, Mapping[str, Any]]) -> str:
             + [f'<span class="badge {"bad" if alarm else "tie"}">{"alarm" if alarm else "quiet"}</span>']
         )
     head = ["statistic", "base", "aligned", "change", "95 % interval", "spread of the base", ""]
+    shows = "sounds clip, hiss or fall silent" if outputs == "sound" else "pictures glare and grow grids"
     return (
-        "<p>Over-optimised pictures glare and grow grids. These statistics need no model; the verdict's rules say how far "
-        "each may rise.</p>" + table(head, rows, numeric=(1, 2, 3, 4, 5))
+        f"<p>Over-optimised {shows}. These statistics need no model; the verdict's rules say how far each may rise.</p>"
+        + table(head, rows, numeric=(1, 2, 3, 4, 5))
     )

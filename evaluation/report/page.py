@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from polyalign import __version__
-from polyalign.evaluation.report import comparison, pictures, training
+from polyalign.evaluation.report import comparison, completions, pictures, sounds, training
 from polyalign.evaluation.report.charts import interval_row, interval_scale
+from polyalign.evaluation.report.clouds import CLOUD_STYLE
+from polyalign.evaluation.report.clouds import SCRIPT as CLOUD_SCRIPT
 from polyalign.evaluation.report.collect import ReportData, collect
 from polyalign.evaluation.report.markup import duration, figures, foreign, note, number, signed, text
 from polyalign.evaluation.report.readings import cautions, displacement
@@ -49,8 +51,12 @@ def write_report(run_folder: Path) -> Path:
 def html_page(data: ReportData, verdict: Verdict) -> str:
     """The whole document. Its policy allows only what the file itself holds: data URIs, and this very style and script."""
     style, script = (HERE / "style.css").read_text(encoding="utf-8"), (HERE / "script.js").read_text(encoding="utf-8")
+    scripts = [script]
+    if data.outputs == "cloud":
+        style, scripts = style + CLOUD_STYLE, [script, CLOUD_SCRIPT.read_text(encoding="utf-8")]
+    allowed = " ".join(f"'{_source_hash(one)}'" for one in scripts)
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_source_hash(style)}'; script-src '{_source_hash(script)}'; "
+        f"default-src 'none'; img-src data:; media-src data:; style-src '{_source_hash(style)}'; script-src {allowed}; "
         "base-uri 'none'; form-action 'none'"
     )
     parts = sections(data)
@@ -69,7 +75,7 @@ def html_page(data: ReportData, verdict: Verdict) -> str:
         f'<p class="run">{foreign(data.title, 120)}</p></header>\n'
         f'<main>{_head(data, verdict)}<nav aria-label="Sections"><ul>{links}</ul></nav>{body}</main>\n'
         f"<footer><p>Written by polyalign {text(__version__)}. One file, no connections: send it as it is.</p></footer>\n"
-        f"<script>{script}</script>\n</body>\n</html>\n"
+        f"{''.join(f'<script>{one}</script>' for one in scripts)}\n</body>\n</html>\n"
     )
 
 
@@ -77,12 +83,14 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
     """(anchor, title, content) in the order of the page; a part with nothing to show says so."""
     evaluation, metrics = data.evaluation, data.metrics
     parts: list[tuple[str, str, str]] = []
-    if evaluation:
+    if evaluation and data.outputs == "cloud":
+        parts += _of_clouds(data, evaluation)
+    elif evaluation:
         items = evaluation.get("items") or []
         limit = comparison.GRID_AT_MOST if data.grid is None else min(data.grid, comparison.GRID_AT_MOST)
         shown = comparison.select(items, limit)
         names = pictures.names_of([*comparison.regressions(items), *shown]) if data.embed_images else []
-        album = pictures.album(data.folder, names)
+        album = (sounds if data.outputs == "sound" else pictures).album(data.folder, names)
         grid = (
             comparison.grid(shown, len(items), album, embedded=data.embed_images) if shown else note("No comparisons to show.")
         )
@@ -99,18 +107,47 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
         )
     absent = note("The run has no metrics.jsonl: no curves.")
     by_timestep = ("timesteps", "Margins by timestep", training.timesteps(metrics) if metrics else absent)
-    timesteps = [] if data.outputs == "text" else [by_timestep]  # tokens have none
+    timesteps = [] if data.outputs == "text" or distilled(data) else [by_timestep]  # tokens and distillation have none
     parts += [
-        ("curves", "Training", training.curves(metrics, data.config.get("objective")) if metrics else absent),
+        ("curves", "Training", _curves(data) if metrics else absent),
         ("diagnosis", "Diagnosis", diagnosis(data)),
         *timesteps,
-        ("data", "Data card", training.data_card(data)),
+        ("data", "Data card", _data_card(data)),
         ("recipe", "Changed from the recipe", training.recipe(data)),
         ("cost", "Time and memory", training.cost(data.stages)),
         ("environment", "Environment and hashes", training.environment(data)),
         ("again", "Run it again", training.command(data)),
     ]
     return parts
+
+
+def _of_clouds(data: ReportData, evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The sections on completed scans."""
+    block = evaluation.get("completions")
+    shown = completions.by_steps(block) if block else note("Distances by number of steps were not recorded.")
+    return [
+        ("steps", "Distances by steps", shown),
+        ("clouds", "Before and after", completions.clouds(data)),
+        ("wins", "Scan by scan", comparison.win_rates(evaluation)),
+    ]
+
+
+def distilled(data: ReportData) -> bool:
+    """Whether the run trained several networks in turns, so that its loss is no likelihood's."""
+    return data.metrics is not None and any(name.startswith("student/") for name in data.metrics.columns)
+
+
+def _curves(data: ReportData) -> str:
+    assert data.metrics is not None
+    if distilled(data):
+        return completions.curves(data.metrics)
+    return training.curves(data.metrics, data.config.get("objective"))
+
+
+def _data_card(data: ReportData) -> str:
+    if data.outputs != "cloud":
+        return training.data_card(data)
+    return completions.data_card(data) + (training.data_card(data) if data.pairs else "")
 
 
 def diagnosis(data: ReportData) -> str:

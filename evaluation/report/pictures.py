@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from PIL import Image
 
@@ -40,17 +40,29 @@ class Picture:
         )
 
 
-@dataclass(frozen=True)
-class Album:
-    """Pictures by path in the run folder. ``left_out`` were readable but over the budget; ``unreadable`` were not."""
+class Shown(Protocol):
+    """What stands for an output on the page."""
 
-    pictures: dict[str, Picture]
+    def tag(self, alt: str) -> str:
+        """Its HTML; ``alt`` says in words what it is."""
+        ...
+
+
+S = TypeVar("S", bound=Shown, covariant=True)
+
+
+@dataclass(frozen=True)
+class Album(Generic[S]):
+    """Pictures, or players of sounds, by path in the run folder. ``left_out`` were readable but over the budget; ``unreadable``
+    were not."""
+
+    pictures: Mapping[str, S]
     side: int
     left_out: int
     unreadable: int
 
 
-def album(folder: Path, names: Sequence[str], *, budget: int = BUDGET) -> Album:
+def album(folder: Path, names: Sequence[str], *, budget: int = BUDGET) -> Album[Picture]:
     """Read pictures of a run; a name that stands twice is counted twice, since the page will hold it twice.
 
     The largest of ``SIDES`` at which all fit is taken; if none is small enough, the last names are left out.
@@ -101,5 +113,11 @@ def picture(image: Image.Image, side: int) -> Picture:
 
 
 def names_of(items: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The picture paths that evaluation items name, in order."""
-    return [item[side] for item in items for side in ("base_image", "aligned_image") if isinstance(item.get(side), str)]
+    """The paths of pictures or sounds that evaluation items name, in order."""
+    sides = [f"{side}_{kind}" for side in ("base", "aligned") for kind in ("image", "sound")]
+    return [item[side] for item in items for side in sides if isinstance(item.get(side), str)]
+
+
+def are_sounds(items: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the items of an evaluation are sounds."""
+    return bool(items) and "base_sound" in items[0]

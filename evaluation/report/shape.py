@@ -37,6 +37,46 @@ class _Item(BaseModel):
     aligned_score: float
 
 
+class _View(BaseModel):
+    label: str
+    file: str
+    remark: str
+
+
+class _Clouds(BaseModel):
+    name: str
+    views: list[_View]
+
+
+class _Mean(BaseModel):
+    mean: float
+    interval: tuple[float, float]
+
+
+class _Change(BaseModel):
+    before: float
+    after: float
+    difference: float
+    difference_interval: tuple[float, float]
+    ratio: float | None
+    ratio_interval: tuple[float, float] | None
+
+
+class _Changes(BaseModel):
+    before: str
+    after: str
+    steps: dict[str, dict[str, _Change]]
+
+
+class _Completions(BaseModel):
+    scans: int
+    places: int
+    steps: list[int]
+    labels: dict[str, str]
+    means: dict[str, dict[str, dict[str, _Mean]]]
+    changes: list[_Changes]
+
+
 class _Evaluation(BaseModel):
     win_rate: _Rate
     judge: _Judge | None = None
@@ -45,6 +85,8 @@ class _Evaluation(BaseModel):
     arms: dict[str, dict[str, Any]] | None = None
     tasks: dict[str, dict[str, Any]] | None = None
     items: list[_Item] | None = None
+    completions: _Completions | None = None
+    clouds: list[_Clouds] | None = None
 
 
 def malformed(evaluation: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from polyalign.evaluation.report import answers, charts, pictures
+from polyalign.evaluation.report import answers, charts, pictures, sounds
 from polyalign.evaluation.report.charts import Line, Points
 from polyalign.evaluation.report.collect import Metrics, PairExample, ReportData
 from polyalign.evaluation.report.markup import duration, figures, foreign, note, number, signed, size, table, text
@@ -42,6 +42,10 @@ EXPLAINED = {
 TIMESTEP_BINS = 10
 ENVIRONMENT_ROWS = 80
 CHANGES_SHOWN = 80
+
+
+STRATEGY_DROPS = ("ties", "reversed", "below_margin", "filtered", "duplicates", "silent", "over_limit")
+"""Why comparisons of a strategy became no pair."""
 
 
 def curves(metrics: Metrics, objective: object = None) -> str:
@@ -231,6 +235,7 @@ def data_card(data: ReportData) -> str:
         rest = [f"{text(key, 40)} {foreign(value, 80)}" for key, value in flatten(judge) if key not in ("name", "version")]
         name = foreign(judge.get("name", "not named"), 80)
         parts.append(f"<p>Decided by the judge {', '.join([name, *known_keys, *rest])}.</p>")
+    parts.append(_strategies(summary.get("strategies")))
     parts.append(_histogram(summary.get("score_histogram")))
     parts.append(_examples(data.pair_examples))
     return "".join(parts)
@@ -259,6 +264,9 @@ def _counted(summary: Mapping[str, Any], outputs: str) -> list[tuple[str, str, s
         ("rows_dropped", "rows dropped", "unusable; pairs/summary.json lists them"),
         ("below_margin", "below the margin", ""),
         ("over_limit", "over the limit per prompt", ""),
+        ("reversed_dropped", "reversed", "the sound of the perturbed prompt scored higher"),
+        ("filtered_dropped", "outside the judges' filter", ""),
+        ("silent_dropped", "silent", "in no pair"),
         ("empty_dropped", "empty answers", "in no pair"),
         ("duplicates_dropped", "duplicates dropped", ""),
         ("no_pair_prompts", "prompts without a pair", ""),
@@ -272,6 +280,21 @@ def _counted(summary: Mapping[str, Any], outputs: str) -> list[tuple[str, str, s
         remark = f"{summary['disagreed']:,} of {summary['disagreed'] + summary['agreed']:,} pairs turned round"
         cells.append(("judge against the labels", f"{100 * share:.1f} %", remark))
     return cells
+
+
+def _strategies(rows: Any) -> str:
+    """Audio-alpaca's table: for each strategy its pairs and, by judge, the mean scores of winners and losers."""
+    if not isinstance(rows, list) or not rows:
+        return ""
+    cells = []
+    for row in rows:
+        dropped = [f"{row[name]:,} {name.replace('_', ' ')}" for name in STRATEGY_DROPS if row.get(name)]
+        for place, (judge, mean) in enumerate(row["scores"].items() or [("", {})]):
+            named = [text(row["strategy"], 8), f"{row['pairs']:,} of {row['compared']:,}", ", ".join(dropped) or "none"]
+            scores = [f"{mean[key]:.3f}" if key in mean else "" for key in ("chosen", "rejected", "difference")]
+            cells.append([*(named if place == 0 else ["", "", ""]), foreign(judge, 40), *scores])
+    head = ("strategy", "pairs of comparisons", "dropped", "judge", "mean chosen", "mean rejected", "difference")
+    return table(head, cells, numeric=(4, 5, 6), caption="Pairs by strategy, with mean scores as in Tango 2's table.")
 
 
 def _histogram(block: Any) -> str:
@@ -301,7 +324,12 @@ def _examples(examples: Sequence[PairExample]) -> str:
         cards.append(f'<li class="card">{prompt + both if texts else both + prompt}</li>')
     if not cards:
         return note("No examples of pairs can be shown: the pair store holds none that can be read.")
-    return f'<h3>The first {len(cards)} pairs</h3><ul class="cards{" texts" if texts else ""}">{"".join(cards)}</ul>'
+    styles = "cards texts" if texts else "cards sounds" if _is_sound(examples[0]) else "cards"
+    return f'<h3>The first {len(cards)} pairs</h3><ul class="{styles}">{"".join(cards)}</ul>'
+
+
+def _is_sound(example: PairExample) -> bool:
+    return isinstance(example.chosen, bytes) and sounds.looks_like_sound(example.chosen)
 
 
 def _shown(example: PairExample) -> list[str]:
@@ -309,6 +337,12 @@ def _shown(example: PairExample) -> list[str]:
     if isinstance(example.chosen, str) and isinstance(example.rejected, str):
         return [answers.block(content) for content in answers.marked(example.chosen, example.rejected)]
     contents = {"chosen": example.chosen, "rejected": example.rejected}
+    if _is_sound(example):
+        heard = {side: sounds.decode(content) if isinstance(content, bytes) else None for side, content in contents.items()}
+        return [
+            player.tag(f"{side}: {example.prompt}") if player else '<div class="absent">unreadable</div>'
+            for side, player in heard.items()
+        ]
     images = {side: pictures.decode(content) if isinstance(content, bytes) else None for side, content in contents.items()}
     return [
         pictures.picture(image, 128).tag(f"{side}: {example.prompt}") if image else '<div class="absent">unreadable</div>'

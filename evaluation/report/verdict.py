@@ -85,6 +85,18 @@ SENTENCES: Mapping[State, str] = {
 }
 
 
+SENTENCES_OF_CLOUDS: Mapping[State, str] = {
+    "improved": "On held-out scans the trained model comes nearer to the ground truth in as many steps, by more than chance.",
+    "no change": "On held-out scans there is no difference beyond chance between the trained model and its base.",
+    "over-optimised": "The distance that decides fell and another rose: look at the clouds first.",
+    "diverged": "Training left the track: the trained model should not be used.",
+    "not evaluated": "No held-out comparison was found, so nothing is claimed about the completions.",
+}
+
+OF_LIKELIHOODS = ("training ran away",)
+"""Rules about losses whose level means something, which that of a distillation does not: it refuses to go on by itself when its
+samples move away from the ground truth."""
+
 OF_PICTURES = ("statistics ran away", "only statistics")
 """Rules about picture statistics."""
 
@@ -105,7 +117,24 @@ def _sentence(state: State, evaluation: Mapping[str, Any] | None) -> str:
             "nothing is claimed about the outputs."
         )
     rate = evaluation.get("win_rate") if evaluation else None
+    if evaluation is not None and "completions" in evaluation:
+        return f"{SENTENCES_OF_CLOUDS[state]}{_ratio(evaluation['completions'])}"
     return f"{SENTENCES[state]} Against the base: {counts(rate)}." if rate and not statistics else SENTENCES[state]
+
+
+def _ratio(block: Mapping[str, Any] | None) -> str:
+    """The Chamfer distance after over that before, in the fewest steps."""
+    if not block or not block["changes"]:
+        return ""
+    change, few = block["changes"][0], block["steps"][0]
+    found = change["steps"][str(few)]["cd"]
+    if found["ratio"] is None:
+        return ""
+    low, high = (100 * value for value in found["ratio_interval"])
+    return (
+        f" In {few} step{'s' if few != 1 else ''} the Chamfer distance of the {block['labels'][change['after']]} is "
+        f"{100 * found['ratio']:.0f} % of the {block['labels'][change['before']]}'s ({low:.0f} to {high:.0f} %)."
+    )
 
 
 def only_statistics(name: str, block: Mapping[str, Any]) -> list[str]:
@@ -163,7 +192,9 @@ def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
             "nothing to judge by", "not evaluated", "the run has no evaluation and no rule above fired", "no evaluation", True
         ),
     ]
-    return [rule for rule in rules if data.outputs == "picture" or rule.name not in OF_PICTURES]
+    left_out = () if data.outputs in ("picture", "sound") else OF_PICTURES
+    left_out += OF_LIKELIHOODS if data.outputs == "cloud" else ()
+    return [rule for rule in rules if rule.name not in left_out]
 
 
 def is_better(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:

@@ -33,10 +33,11 @@ NEEDED = {
     "reward_model": "model",
     "implicit_reward_text": "policy",
     "http_text": "url",
+    "http_sound": "url",
     "bert_similarity": "model",
 }
 # Their versions are hashes of what they would fetch.
-PUBLISHED = ("clip_score", "pickscore", "hpsv2", "hpsv2.1", "imagereward", "geneval")
+PUBLISHED = ("clip_score", "pickscore", "hpsv2", "hpsv2.1", "imagereward", "geneval", "clap", "clap_order", "ast_order")
 
 
 def test_every_judge_of_the_table_can_be_built_or_says_which_option_it_needs():

@@ -12,12 +12,12 @@ from golden_adapters.pairs import STEPS, grouped, pair_batch, run, scores_of
 from golden_adapters.sequences import columns, evaluate
 from torch import Tensor
 
-from polyalign.core.likelihood.denoising import NoiseSchedule, squared_error_scores
+from polyalign.core.likelihood.denoising import Draws, NoiseSchedule, denoising_scores, squared_error_scores
 from polyalign.core.objectives import AutoBeta, Objective, Outcome, Term, build
 from polyalign.core.objectives.links import Clipped
 from polyalign.core.objectives.losses import Logistic
 from polyalign.core.objectives.table import DPO, SDPO, Parameters
-from polyalign.core.objectives.table_denoising import DMPO, DSPOParameters, MaPO
+from polyalign.core.objectives.table_denoising import DMPO, DiffusionNFT, DSPOParameters, MaPO
 from polyalign.core.objectives.table_pointwise import DiffusionKTO
 from polyalign.core.recipe import AutoBetaConfig, BetaConfig
 from polyalign.core.scores import Scores, Unit
@@ -183,6 +183,57 @@ def _spo(case: Case) -> None:
     agree("loss", result.outcome.loss.mean(), case.outputs["loss"])
 
 
+def _diffusion_nft(case: Case) -> None:
+    """Flow matching: x_t = (1 - t) x0 + t noise. The file's ``loss`` is without the distance from the base, and it has no
+    gradient; the one written out takes its place."""
+    clean, noise = tensor(case.inputs["x0"]), tensor(case.inputs["noise"])
+    levels = tensor(case.inputs["t"])
+    schedule = NoiseSchedule("rectified_flow", 1 - levels, levels, levels * STEPS)
+    draws = Draws(torch.arange(len(levels)).unsqueeze(1), noise.unsqueeze(1))
+    batch = replace(pair_batch(len(clean), 1), desirable=tensor(case.outputs["r"]).unsqueeze(1))
+
+    def scores(prediction: Tensor) -> Scores:
+        return denoising_scores(
+            lambda noisy, told: prediction,
+            clean.unsqueeze(1),
+            draws,
+            schedule,
+            prediction_type="flow",
+            keep_residual=True,
+        )
+
+    def outcome_of(prediction: Tensor, **changes: float) -> Outcome:
+        spec = DiffusionNFT(mixing=case.params["beta"], scale=case.params["adv_clip_max"], **changes)
+        pair = {"policy": scores(prediction), "reference": scores(tensor(case.inputs["old_prediction"]))}
+        return build(spec)(pair, batch, beta=1.0)
+
+    policy = tensor(case.inputs["forward_prediction"]).requires_grad_(True)
+    outcome = outcome_of(policy)
+    factor = case.params["adv_clip_max"] / case.params["beta"]
+    for side, wanted in (("positive", 1.0), ("negative", 0.0)):
+        certain = replace(batch, desirable=torch.full((len(clean), 1), wanted, dtype=torch.float64))
+        pair = {"policy": scores(policy), "reference": scores(tensor(case.inputs["old_prediction"]))}
+        spec = DiffusionNFT(mixing=case.params["beta"], scale=case.params["adv_clip_max"])
+        agree(f"{side}_loss", build(spec)(pair, certain, beta=1.0).loss / factor, case.outputs[f"{side}_loss"])
+    agree("policy_loss", outcome.loss.mean(), case.outputs["policy_loss"])
+    near = outcome_of(policy, proximity=case.params["kl_beta"]).loss - outcome.loss
+    moved = policy - tensor(case.inputs["old_prediction"])
+    agree("distance", near, (case.params["kl_beta"] * moved.square().mean((1, 2, 3))).tolist(), atol=1e-12)
+    outcome.loss.mean().backward()
+    assert policy.grad is not None
+    agree("gradient", policy.grad, _by_residuals(case, factor).tolist())
+
+
+def _by_residuals(case: Case, factor: float) -> Tensor:
+    """The gradient written out: factor beta t / B d (r 2 e+ / |e+| - (1 - r) 2 e- / |e-|), e the errors of both velocities."""
+    named = {name: tensor(case.inputs[name]) for name in ("x0", "noise", "t", "forward_prediction", "old_prediction")}
+    level, wanted, share = named["t"].reshape(-1, 1, 1, 1), tensor(case.outputs["r"]).reshape(-1, 1, 1, 1), case.params["beta"]
+    old = named["old_prediction"] - (named["noise"] - named["x0"])
+    step = share * (named["forward_prediction"] - named["old_prediction"])
+    up, down = (error / error.abs().mean((1, 2, 3), keepdim=True) for error in (old + step, old - step))
+    return factor * share * level * 2.0 * (wanted * up - (1.0 - wanted) * down) / old.numel()
+
+
 METHODS: dict[str, Callable[[Case], None]] = {
     "flow_dpo": _flow_dpo,
     "simpletuner_per_sample_error": _per_sample_error,
@@ -195,7 +246,5 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "dmpo": _dmpo,
     "dmpo+sdpo": _dmpo,
     "spo": _spo,
-}
-NOT_IN_PLACE: dict[str, str] = {
-    "diffusion_nft": "no preference objective: regressions on rewarded samples, whose loop is not here yet",
+    "diffusion_nft": _diffusion_nft,
 }
