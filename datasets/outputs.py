@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from polyalign.core.files import sha256_of
+from polyalign.datasets.audio import waves
 from polyalign.datasets.formats.checking import check_picture, check_text
-from polyalign.datasets.pictures import decode, encode_png, fingerprint
+from polyalign.datasets.lidar import points
+from polyalign.datasets.pictures import decode, encode_png, ending_of, fingerprint
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class OutputKind:
     (or of the bytes of its file, where it has one), ``kept`` is what a cell holds of it without decoding (the bytes of a file),
     ``opened`` the output of that. ``problem`` says what is wrong with a cell, ``check`` gives the fingerprint of an output that
     is sure to be usable and raises ValueError for another, ``fingerprint`` that of an output without asking, ``empty`` whether
-    a sample is nothing that could be trained on. ``words`` is for messages.
+    a sample is nothing that could be trained on. ``words`` is for messages. Where outputs are files, ``endings`` are those that
+    are read, and ``ending`` the one of a file's bytes, None if an export writes another format (``endings[0]``).
     """
 
     name: str
@@ -41,10 +43,17 @@ class OutputKind:
     check: Callable[[Any], str]
     fingerprint: Callable[[Any], str]
     empty: Callable[[Any], bool] = lambda output: False
+    endings: tuple[str, ...] = ()
+    ending: Callable[[bytes], str | None] = lambda content: None
 
     def decode(self, stored: Any) -> Any:
         """The output of a stored cell."""
         return self.opened(self.kept(stored))
+
+    def as_file(self, content: bytes) -> tuple[str, bytes]:
+        """The ending and bytes under which an export writes an output's file: its own, or those of it encoded anew."""
+        own = self.ending(content)
+        return (own, content) if own is not None else (self.endings[0], self.kept(self.encode(self.opened(content))))
 
     def fits(self, found: pa.DataType) -> bool:
         """Whether a column of this type can hold such outputs: the same type, or a struct that has the bytes of a file."""
@@ -53,20 +62,29 @@ class OutputKind:
         return pa.types.is_struct(found) and any(part.name == "bytes" and part.type == pa.binary() for part in found)
 
 
-def _encode_picture(picture: Image.Image | bytes) -> dict[str, Any]:
-    return {"bytes": picture if isinstance(picture, bytes) else encode_png(picture), "path": None}
+def _cell(encode: Callable[[Any], bytes]) -> Callable[[Any], dict[str, Any]]:
+    """The cell of an output that is a file: the file's bytes as they are, or those that ``encode`` makes."""
+    return lambda output: {"bytes": output if isinstance(output, bytes) else encode(output), "path": None}
 
 
-def _picture_problem(stored: Mapping[str, Any] | None) -> str | None:
-    picture = stored or {}
-    if not picture.get("bytes"):
-        where = f"only the path {picture['path']!r}" if picture.get("path") else "no picture"
-        return f"holds {where}; the store keeps the picture's bytes"
-    try:
-        decode(picture["bytes"])
-    except ValueError as error:
-        return str(error)
-    return None
+def _file_problem(what: str, decoded: Callable[[bytes], Any]) -> Callable[[Mapping[str, Any] | None], str | None]:
+    """What is wrong with a cell that should hold the bytes of a file; ``what`` is the output in words."""
+
+    def problem(stored: Mapping[str, Any] | None) -> str | None:
+        cell = stored or {}
+        if not cell.get("bytes"):
+            where = f"only the path {cell['path']!r}" if cell.get("path") else f"no {what}"
+            return f"holds {where}; the store keeps the {what}'s bytes"
+        try:
+            decoded(cell["bytes"])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return problem
+
+
+_FILE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
 
 
 def _text(given: str) -> str:
@@ -92,14 +110,16 @@ KINDS: Mapping[str, OutputKind] = {
         OutputKind(
             "picture",
             "pictures",
-            pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())]),
+            _FILE,
             {"_type": "Image"},
-            encode=_encode_picture,
+            encode=_cell(encode_png),
             kept=lambda stored: stored["bytes"],
             opened=decode,
-            problem=_picture_problem,
+            problem=_file_problem("picture", decode),
             check=check_picture,
             fingerprint=fingerprint,
+            endings=(".png", ".jpg", ".jpeg", ".webp"),
+            ending=ending_of,
         ),
         OutputKind(
             "text",
@@ -113,6 +133,33 @@ KINDS: Mapping[str, OutputKind] = {
             check=check_text,
             fingerprint=lambda text: sha256_of(text.encode()),
             empty=lambda text: not text.strip(),
+        ),
+        OutputKind(
+            "sound",
+            "sounds",
+            _FILE,
+            {"_type": "Audio", "decode": False},  # decoded by datasets it would need torchcodec
+            encode=_cell(waves.encode_flac),
+            kept=lambda stored: stored["bytes"],
+            opened=waves.decode,
+            problem=_file_problem("sound", waves.decode),
+            check=waves.check,
+            fingerprint=waves.fingerprint,
+            empty=waves.silent,
+            endings=(".flac", ".wav", ".ogg", ".mp3"),
+            ending=waves.ending_of,
+        ),
+        OutputKind(
+            "cloud",
+            "point clouds",
+            pa.binary(),
+            {"dtype": "binary", "_type": "Value"},
+            encode=points.encode,
+            kept=points.decode,
+            opened=points.decoded,
+            problem=points.problem,
+            check=points.check,
+            fingerprint=lambda cloud: sha256_of(points.encode(cloud)),
         ),
     )
 }

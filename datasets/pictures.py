@@ -19,6 +19,8 @@ UNREADABLE = (
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that Pillow decodes itself. Bytes of any other are refused: for EPS, for one, it would start another program."""
 
+_ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp"}
+
 
 def encode_png(image: Image.Image) -> bytes:
     """Lossless RGB bytes without metadata; the same pixels give the same bytes on one machine."""
@@ -58,3 +60,8 @@ def fingerprint(content: bytes | Image.Image) -> str:
         return hashlib.sha256(content).hexdigest()
     rgb = content.convert("RGB")
     return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
+
+
+def ending_of(content: bytes) -> str | None:
+    """The ending of a picture file's bytes that every program reads as they are; None for other formats."""
+    return _ENDINGS.get(Image.open(io.BytesIO(content)).format or "")

@@ -3,8 +3,8 @@
 ``.txt``: a prompt a line. ``.jsonl``: an object a line with a ``prompt`` (or a bare string). ``.parquet``: a column ``prompt``.
 ``.tsv``: a table with a head, such as PartiPrompts (Prompt, Category, Challenge, Note). ``.json``: a list, such as one style of
 HPSv2's benchmark (``anime.json``), or lists by style in one object; a folder of such files is all styles of it.
-Where ``prompt`` is missing, ``caption`` or ``text`` is taken. Everything else that stands beside a prompt (task, objects, tags)
-stays in its condition, since judges may need it.
+Where ``prompt`` is missing, ``caption``, ``text`` or ``captions`` (Tango's lines of captions and location) is taken. Everything
+else that stands beside a prompt (task, objects, tags) stays in its condition, since judges may need it.
 
 What a file is, its content decides where the ending does not: a table of PartiPrompts that is called ``.txt`` is read as one. A
 prompt that stands in a list of a style has that style as its ``category``. Styles come in turn, so the first prompts of a limit
@@ -23,7 +23,7 @@ from polyalign.core.errors import UserError
 from polyalign.datasets.files import listed
 
 Condition = dict[str, Any]
-PROMPT_KEYS = ("prompt", "caption", "text")
+PROMPT_KEYS = ("prompt", "caption", "text", "captions")
 
 
 def load_prompts(path: str | Path, *, limit: int | None = None) -> list[Condition]:

@@ -1,5 +1,6 @@
 """Judges that hold a picture against the user's own: a folder with `chosen/` and `rejected/`
-(:mod:`polyalign.datasets.formats.folders`).
+(:mod:`polyalign.datasets.formats.folders`), or, where one picture of a prompt is enough, of captioned pictures (NAME.txt beside
+NAME.png, also in sub-folders).
 
 They compare pixels, so they serve drawings that a model reproduces closely (a style of one's own, icons, sprites), not
 photographs. Letters: x the output, c_p and r_p the chosen and the rejected picture of prompt p; d(a, b) the root mean square
@@ -18,7 +19,36 @@ from PIL import Image
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.formats.folders import read_folders
+from polyalign.datasets.formats.suffixes import ENDINGS, caption_of, files_in
+from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pictures import decode
+
+
+def references(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """From caption to its pictures: chosen and rejected of a folder of pairs, else one of a folder of captioned pictures.
+
+    Raises:
+        UserError: no such folder, no pictures, a picture without a caption, or two of one caption that are no pair.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. It holds chosen/ and rejected/, or pictures NAME.png with NAME.txt")
+    if any((folder / side).is_dir() for side in SIDES):
+        pairs, _ = read_folders(folder)
+        return {str(pair.condition["prompt"]): (pair.chosen, pair.rejected) for pair in pairs}
+    found: dict[str, tuple[Path, ...]] = {}
+    for place in sorted({path.parent for path in folder.rglob("*") if path.suffix.lower() in ENDINGS}):
+        files = files_in(place)
+        for picture in (file for file in files.values() if file.suffix.lower() in ENDINGS):
+            try:
+                caption = caption_of(place, files, (picture.stem,))
+            except ValueError as error:
+                raise UserError(f"{picture}: {error}") from error
+            if caption in found:
+                raise UserError(f"{picture}: has the caption of {found[caption][0]}, {caption!r}; take one away")
+            found[caption] = (picture,)
+    if not found:
+        raise UserError(f"{folder}: there are no pictures in this folder, nor chosen/ and rejected/")
+    return found
 
 
 class _References:
@@ -27,24 +57,22 @@ class _References:
     version = "1"
 
     def __init__(self, folder: str):
-        pairs, _ = read_folders(Path(folder))
-        self.folder = folder
-        self.files = {str(pair.condition["prompt"]): (pair.chosen, pair.rejected) for pair in pairs}
+        self.folder, self.files = folder, references(Path(folder))
         self._pixels = lru_cache(maxsize=None)(self._load)
 
     def of(self, condition: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-        """Chosen and rejected picture of the condition's prompt: (2, H, W, 3) in [0, 1].
+        """Pictures of the condition's prompt, of a pair the chosen one first: (1 or 2, H, W, 3) in [0, 1].
 
         Raises:
             UserError: the folder has no pictures of that caption.
         """
         prompt = str(condition["prompt"])
         if prompt not in self.files:
-            raise UserError(f"{self.folder}: no pair has the caption {prompt!r}, so this judge cannot judge a picture of it")
+            raise UserError(f"{self.folder}: no picture has the caption {prompt!r}, so this judge cannot judge a picture of it")
         return self._pixels(prompt, size)
 
     def everything(self, size: tuple[int, int]) -> tuple[list[str], np.ndarray]:
-        """All captions, and their pictures (N, 2, H, W, 3)."""
+        """All captions, and their pictures (N, 1 or 2, H, W, 3)."""
         prompts = list(self.files)
         return prompts, np.stack([self._pixels(prompt, size) for prompt in prompts])
 
@@ -68,6 +96,11 @@ class ReferenceStyleJudge(_References):
     """Which of the two it resembles more: d(x, r_p) - d(x, c_p). Above zero, the output is nearer to the chosen picture."""
 
     name = "reference_style"
+
+    def __init__(self, folder: str):
+        super().__init__(folder)
+        if any(len(files) != 2 for files in self.files.values()):
+            raise UserError(f"{folder}: has no chosen/ and rejected/, and a style is told by holding one against the other")
 
     def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Image.Image]) -> list[float]:
         scores = []

@@ -25,8 +25,17 @@ def check_picture(content: bytes) -> str:
     """The fingerprint of a picture's pixels (:func:`polyalign.datasets.pictures.fingerprint`), once it is sure to be usable.
 
     Raises:
+        ValueError: see :func:`usable_picture`.
+    """
+    return fingerprint(usable_picture(content))
+
+
+def usable_picture(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A decoded picture (:func:`polyalign.datasets.pictures.decode`) that has passed every check.
+
+    Raises:
         ValueError: not a whole picture; CMYK, 16 bits a channel, several frames (each would have to be changed without being
-            asked); a side below ``MIN_SIDE``; more than ``MAX_PIXELS`` pixels or ``MAX_BYTES`` bytes.
+            asked); a side below ``MIN_SIDE``; more than ``max_pixels`` pixels or ``MAX_BYTES`` bytes.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"a picture file of {len(content):,} bytes; at most {MAX_BYTES:,} are read")
@@ -36,11 +45,11 @@ def check_picture(content: bytes) -> str:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photograph with its preview
         except Image.DecompressionBombError as error:
-            raise ValueError(f"{str(error).rstrip('.')}; at most {MAX_PIXELS:,} are read. Scale it down first") from error
+            raise ValueError(f"{str(error).rstrip('.')}; at most {max_pixels:,} are read. Scale it down first") from error
         except UNREADABLE as error:
             raise ValueError(f"not a picture in a format that can be read ({len(content)} bytes)") from error
-    _refuse(image, frames)
-    return fingerprint(decode(content))
+    _refuse(image, frames, max_pixels)
+    return decode(content)
 
 
 def check_text(text: str) -> str:
@@ -59,11 +68,11 @@ def check_text(text: str) -> str:
         raise ValueError(f"is not Unicode: {error.object[max(0, error.start - 20) : error.end]!r}") from error
 
 
-def _refuse(image: Image.Image, frames: int) -> None:
+def _refuse(image: Image.Image, frames: int, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise ValueError(
-            f"a picture of {width} x {height} pixels ({width * height / 1e6:.1f} megapixels); at most {MAX_PIXELS / 1e6:.1f} "
+            f"a picture of {width} x {height} pixels ({width * height / 1e6:.1f} megapixels); at most {max_pixels / 1e6:.1f} "
             "megapixels are read. Scale it down first"
         )
     if min(width, height) < MIN_SIDE:

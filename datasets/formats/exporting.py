@@ -1,24 +1,19 @@
-"""From the pair store to folders that others read: how rows are cut into files, and how pictures are named."""
+"""From the pair store to folders that others read: how rows are cut into files, and the export as a whole."""
 
 from __future__ import annotations
 
-import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from polyalign.core.errors import UserError
 from polyalign.core.files import disk_full_explained
 from polyalign.datasets.pairs import PairStore
-from polyalign.datasets.pictures import decode, encode_png
 
 ROWS_PER_FILE = 256
 _TOGETHER = 16  # rows in memory at a time: two row groups of the store
-_ENDING = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp"}
 
 Writer = Callable[[PairStore, Path], None]
 
@@ -60,9 +55,3 @@ def rows_of(store: PairStore) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every row with its number; pictures as the bytes of their files."""
     for start in range(0, len(store), _TOGETHER):
         yield from enumerate(store.rows(range(start, min(start + _TOGETHER, len(store))), decode=False), start)
-
-
-def as_file(content: bytes) -> tuple[str, bytes]:
-    """A picture's ending and bytes. PNG, JPEG and WebP keep their bytes; any other format becomes a PNG of the same pixels."""
-    known = _ENDING.get(Image.open(io.BytesIO(content)).format or "")
-    return (known, content) if known else (".png", encode_png(decode(content)))

@@ -1,14 +1,15 @@
-"""The user's own pictures: ``chosen/`` and ``rejected/`` with equal names, captions beside them.
+"""The user's own pictures (or sounds): ``chosen/`` and ``rejected/`` with equal names, captions beside them.
 
 ::
 
     my_pairs/
-      chosen/cat.png    rejected/cat.jpg      the names are equal up to the ending (.png, .jpg, .jpeg, .webp)
+      chosen/cat.png    rejected/cat.jpg      the names are equal up to the ending (.png, .jpg, .jpeg, .webp; of sounds .flac,
+                                              .wav, .ogg, .mp3)
       chosen/cat.txt    or  cat.txt           the caption
       captions.jsonl    or so, for all: {"file_name": "cat.png", "prompt": "a cat"} a line; other keys stay in the condition
 
 Everything is checked before anything is written, and all that is wrong is said at once; with ``on_bad_row: drop`` such pairs
-are left out and listed instead. Picture files are kept byte for byte; the two pictures of a pair may differ in size and format.
+are left out and listed instead. Files are kept byte for byte; the two of a pair may differ in size and format.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write, sha256_of
 from polyalign.datasets.files import listed
 from polyalign.datasets.formats.carrying import KEY, carried, pair_of
-from polyalign.datasets.formats.checking import check_picture, read_file
-from polyalign.datasets.formats.exporting import as_file, rows_of
+from polyalign.datasets.formats.checking import read_file
+from polyalign.datasets.formats.exporting import rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
-from polyalign.datasets.formats.suffixes import CLUTTER, ENDINGS
+from polyalign.datasets.formats.suffixes import CLUTTER
+from polyalign.datasets.outputs import KINDS, OutputKind
 from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.prompts import Condition, as_condition
@@ -61,16 +63,17 @@ class Folders(Source):
     name = "folders"
     judges = None
 
-    def __init__(self, path: Path, on_bad_row: OnBadRow = "error"):
-        self.path = path
+    def __init__(self, path: Path, on_bad_row: OnBadRow = "error", outputs: str = "picture"):
+        self.path, self.outputs = path, outputs
         self._around: list[str] = []
-        self.pairs, self.duplicates = read_folders(path, dropped=self._around if on_bad_row == "drop" else None)
+        dropped = self._around if on_bad_row == "drop" else None
+        self.pairs, self.duplicates = read_folders(path, dropped=dropped, kind=KINDS[outputs])
         self.names = sorted([*(pair.name for pair in self.pairs), *self.duplicates])
 
     def identity(self) -> dict[str, Any]:
-        pictures = {self._shown(getattr(pair, side)): getattr(pair, side) for pair in self.pairs for side in SIDES}
+        files = {self._shown(getattr(pair, side)): getattr(pair, side) for pair in self.pairs for side in SIDES}
         conditions = json.dumps([pair.condition for pair in self.pairs], sort_keys=True, ensure_ascii=False)
-        return {"files": identity_of(pictures), "captions": sha256_of(conditions.encode()), "duplicates": self.duplicates}
+        return {"files": identity_of(files), "captions": sha256_of(conditions.encode()), "duplicates": self.duplicates}
 
     def total(self) -> int:
         return len(self.names)
@@ -94,8 +97,10 @@ class Folders(Source):
         return path.relative_to(self.path).as_posix()
 
 
-def read_folders(folder: Path, *, dropped: list[str] | None = None) -> tuple[list[FolderPair], list[str]]:
-    """Pairs by name, and the names of those whose two pictures are identical. Every picture is decoded once, to be sure of it.
+def read_folders(
+    folder: Path, *, dropped: list[str] | None = None, kind: OutputKind = KINDS["picture"]
+) -> tuple[list[FolderPair], list[str]]:
+    """Pairs by name, and the names of those whose two outputs are identical. Every file is decoded once, to be sure of it.
 
     Raises:
         UserError: everything that is wrong, with the file it is about (the first 20 are shown). Given a list ``dropped``, what
@@ -105,22 +110,22 @@ def read_folders(folder: Path, *, dropped: list[str] | None = None) -> tuple[lis
     absent = [f"{side}/" for side in SIDES if not (folder / side).is_dir()]
     if absent:
         raise UserError(
-            f"{folder}: no {' and no '.join(absent)} in this folder. It needs chosen/ and rejected/ with pictures of equal "
+            f"{folder}: no {' and no '.join(absent)} in this folder. It needs chosen/ and rejected/ with {kind.words} of equal "
             "names, and captions as .txt files beside them or in captions.jsonl"
         )
     problems: list[str] = []
-    sides = {side: _pictures(folder, side, problems) for side in SIDES}
+    sides = {side: _files(folder, side, kind, problems) for side in SIDES}
     names = sorted(set(sides["chosen"]) & set(sides["rejected"]))
     for side, other in (SIDES, SIDES[::-1]):
         alone = sorted(set(sides[side]) - set(sides[other]))
         problems += [f"{side}/{sides[side][name].name} has no {other}/{name}.*" for name in alone]
     if not any(sides.values()):
-        problems.append("there are no pictures in chosen/ and rejected/")
-    captions = _Captions(folder, problems)
+        problems.append(f"there are no {kind.words} in chosen/ and rejected/")
+    captions = _Captions(folder, kind, problems)
     pairs, duplicates = [], []
     for name in names:
         condition = captions.of(name)
-        hashes = [_hash_of(sides[side][name], folder, problems) for side in SIDES]
+        hashes = [_hash_of(sides[side][name], folder, kind, problems) for side in SIDES]
         if condition is None or None in hashes:
             continue
         if hashes[0] == hashes[1]:
@@ -147,8 +152,8 @@ def _entries(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _pictures(folder: Path, side: str, problems: list[str]) -> dict[str, Path]:
-    """Pictures of one side by name without ending."""
+def _files(folder: Path, side: str, kind: OutputKind, problems: list[str]) -> dict[str, Path]:
+    """Outputs of one side by name without ending."""
     found: dict[str, Path] = {}
     if not _inside(folder / side, folder):
         problems.append(f"{side}/ is a link that leads out of the folder")
@@ -158,11 +163,11 @@ def _pictures(folder: Path, side: str, problems: list[str]) -> dict[str, Path]:
         if not _inside(path, folder):
             problems.append(f"{shown} is a link that leads out of the folder")
         elif not path.is_file():
-            problems.append(f"{shown} is not a file; pictures lie directly in {side}/")
+            problems.append(f"{shown} is not a file; {kind.words} lie directly in {side}/")
         elif path.suffix.lower() == ".txt":
             continue
-        elif path.suffix.lower() not in ENDINGS:
-            problems.append(f"{shown} is none of {', '.join(ENDINGS)} (nor a .txt caption)")
+        elif path.suffix.lower() not in kind.endings:
+            problems.append(f"{shown} is none of {', '.join(kind.endings)} (nor a .txt caption)")
         elif path.stem in found:
             problems.append(f"{shown} has the name of {side}/{found[path.stem].name}")
         else:
@@ -170,9 +175,9 @@ def _pictures(folder: Path, side: str, problems: list[str]) -> dict[str, Path]:
     return found
 
 
-def _hash_of(path: Path, folder: Path, problems: list[str]) -> str | None:
+def _hash_of(path: Path, folder: Path, kind: OutputKind, problems: list[str]) -> str | None:
     try:
-        return check_picture(path.read_bytes())
+        return kind.check(path.read_bytes())
     except (ValueError, OSError) as error:
         problems.append(f"{path.relative_to(folder).as_posix()}: {error}")
         return None
@@ -181,8 +186,8 @@ def _hash_of(path: Path, folder: Path, problems: list[str]) -> str | None:
 class _Captions:
     """Captions from ``NAME.txt`` in ``chosen/`` or beside it, and from ``captions.jsonl``. Two that differ are a problem."""
 
-    def __init__(self, folder: Path, problems: list[str]):
-        self.folder, self.problems = folder, problems
+    def __init__(self, folder: Path, kind: OutputKind, problems: list[str]):
+        self.folder, self.kind, self.problems = folder, kind, problems
         self.lines = self._json_lines()
         places = [place for place in (folder, folder / "chosen") if _inside(place, folder)]  # the last one counts
         self.files = {path.stem: path for place in places for path in _entries(place) if path.suffix.lower() == ".txt"}
@@ -204,7 +209,7 @@ class _Captions:
         return line if line is not None else {"prompt": text}
 
     def unused(self, names: set[str]) -> list[str]:
-        """Lines of ``captions.jsonl`` that belong to no picture."""
+        """Lines of ``captions.jsonl`` that belong to no file."""
         return [
             f"{CAPTIONS} names {name!r}, which is in neither chosen/ nor rejected/" for name in sorted(set(self.lines) - names)
         ]
@@ -240,7 +245,7 @@ class _Captions:
             if not line.strip():
                 continue
             try:
-                name, condition = _caption_line(line)
+                name, condition = _caption_line(line, self.kind)
             except ValueError as error:  # also json.JSONDecodeError
                 self.problems.append(f"{CAPTIONS} line {number}: {error}")
                 continue
@@ -250,7 +255,7 @@ class _Captions:
         return found
 
 
-def _caption_line(line: str) -> tuple[str, Condition]:
+def _caption_line(line: str, kind: OutputKind) -> tuple[str, Condition]:
     """Name without ending, and condition, of one line of ``captions.jsonl``.
 
     Raises:
@@ -261,8 +266,8 @@ def _caption_line(line: str) -> tuple[str, Condition]:
         raise ValueError('expected an object with "file_name" and "prompt"')
     name = entry.pop("file_name")
     if name in ("", ".", "..") or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
-        raise ValueError(f"file_name {name!r} is a path; give the name alone, the picture lies in chosen/ and rejected/")
-    stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in ENDINGS else name
+        raise ValueError(f"file_name {name!r} is a path; give the name alone, the {kind.name} lies in chosen/ and rejected/")
+    stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in kind.endings else name
     condition = as_condition(entry)
     condition["prompt"] = " ".join(condition["prompt"].split())
     return stem, condition
@@ -270,15 +275,15 @@ def _caption_line(line: str) -> tuple[str, Condition]:
 
 def export_folders(store: PairStore, folder: Path) -> None:
     """``chosen/``, ``rejected/`` with ``000000.png``, ``chosen/000000.txt`` and ``captions.jsonl`` in ``folder``, numbered in
-    the store's order. PNG, JPEG and WebP byte for byte, others as PNG; line feeds and runs of spaces in a prompt become one
-    space."""
+    the store's order. Files byte for byte, those in rare formats as PNG (sounds: FLAC); line feeds and runs of spaces in a
+    prompt become one space."""
     for side in SIDES:
         (folder / side).mkdir()
     written = []
     for index, row in rows_of(store):
         contents = []
         for side in SIDES:
-            ending, content = as_file(row[side])
+            ending, content = store.kind.as_file(row[side])
             (folder / side / f"{index:06d}{ending}").write_bytes(content)
             contents.append(content)
         prompt = " ".join(row["condition"]["prompt"].split())

@@ -1,4 +1,5 @@
-"""JSON lines: ``{"prompt": "a cat", "chosen": "pictures/1.png", "rejected": "pictures/2.png"}``.
+"""JSON lines: ``{"prompt": "a cat", "chosen": "pictures/1.png", "rejected": "pictures/2.png"}``, or sounds in the place of the
+pictures.
 
 The paths are below the folder of the file; absolute ones, those that climb out (also through a link) and addresses are refused.
 Other keys stay in the condition, since judges may need them.
@@ -15,7 +16,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.datasets.formats.carrying import KEY, carried, pair_of
 from polyalign.datasets.formats.checking import read_file
-from polyalign.datasets.formats.exporting import as_file, rows_of
+from polyalign.datasets.formats.exporting import rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.formats.text_lines import as_object, count_objects, named_files, objects
@@ -35,7 +36,7 @@ def import_jsonl(path: Path, store: PairStore, *, on_bad_row: OnBadRow = "error"
 
 
 def listed(path: Path) -> list[Path]:
-    """The pictures that the file at ``path`` names."""
+    """The files that the file at ``path`` names."""
     return named_files(JsonLines(path).path, SIDES)
 
 
@@ -45,7 +46,8 @@ class JsonLines(Source):
     name = "jsonl"
     judges = None
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, outputs: str = "picture"):
+        self.outputs = outputs
         self.path = path / FILE if path.is_dir() else path
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file. It holds an object with prompt, chosen and rejected a line")
@@ -72,15 +74,16 @@ class JsonLines(Source):
 
 
 def export_jsonl(store: PairStore, folder: Path) -> None:
-    """``pairs.jsonl`` and ``pictures/`` in ``folder``, in the store's order. PNG, JPEG and WebP byte for byte, others as
-    PNG."""
-    (folder / "pictures").mkdir()
+    """``pairs.jsonl`` and ``pictures/`` (or ``sounds/``) in ``folder``, in the store's order. Files byte for byte, those in
+    rare formats as PNG (or FLAC)."""
+    beside = store.kind.words
+    (folder / beside).mkdir()
     written = []
     for index, row in rows_of(store):
         names, contents = {}, []
         for side in SIDES:
-            ending, content = as_file(row[side])
-            names[side] = f"pictures/{index:06d}-{side}{ending}"
+            ending, content = store.kind.as_file(row[side])
+            names[side] = f"{beside}/{index:06d}-{side}{ending}"
             (folder / names[side]).write_bytes(content)
             contents.append(content)
         line = {"prompt": row["condition"]["prompt"], **names, KEY: carried(row, *contents)}

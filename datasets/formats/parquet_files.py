@@ -202,20 +202,22 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-def bytes_of(stored: Any, column: str) -> bytes:
-    """A picture's bytes from a binary column or from Hugging Face's ``Image`` (a struct of ``bytes`` and ``path``).
+def bytes_of(stored: Any, column: str, what: str = "picture") -> bytes:
+    """The bytes of a file from a binary column or from Hugging Face's ``Image`` or ``Audio`` (a struct of ``bytes`` and
+    ``path``); ``what`` it is a file of, for messages.
 
     Raises:
         ValueError: there are none; a path alone is not followed.
     """
     if isinstance(stored, dict):
         if not stored.get("bytes"):
-            where = f"only the path {stored['path']!r}" if stored.get("path") else "no picture"
-            raise ValueError(f"column '{column}' holds {where}; the picture's bytes are needed")
+            where = f"only the path {stored['path']!r}" if stored.get("path") else f"no {what}"
+            raise ValueError(f"column '{column}' holds {where}; the {what}'s bytes are needed")
         stored = stored["bytes"]
     if not isinstance(stored, bytes) or not stored:
         found = "nothing" if not stored else f"{type(stored).__name__}"
-        raise ValueError(f"column '{column}' must hold a picture (bytes, or Hugging Face's Image), found {found}")
+        feature = "Audio" if what == "sound" else "Image"
+        raise ValueError(f"column '{column}' must hold a {what} (bytes, or Hugging Face's {feature}), found {found}")
     return stored
 
 

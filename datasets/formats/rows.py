@@ -58,8 +58,14 @@ class Rows(Source):
 
     name = "rows"
 
-    def __init__(self, path: Path, split: str | None = None, columns: tuple[str, str, str] = ("prompt", "chosen", "rejected")):
-        self.path, self.columns = path, columns
+    def __init__(
+        self,
+        path: Path,
+        split: str | None = None,
+        columns: tuple[str, str, str] = ("prompt", "chosen", "rejected"),
+        outputs: str = "picture",
+    ):
+        self.path, self.columns, self.outputs = path, columns, outputs
         self.files = parquet_files.files_of(path, split)
         parquet_files.require_columns(self.files, columns)
         if any(KEY in parquet_files.schema_of(file).names for file in self.files.values()):
@@ -73,7 +79,7 @@ class Rows(Source):
             yield entry(f"{name} row {row}", self._read, f"{number:08d}", {"file": name, "row": row}, stored)
 
     def _read(self, pair_id: str, origin: dict[str, Any], stored: dict[str, Any]) -> Outcome:
-        chosen, rejected = (parquet_files.bytes_of(stored[column], column) for column in self.columns[1:])
+        chosen, rejected = (parquet_files.bytes_of(stored[column], column, self.outputs) for column in self.columns[1:])
         prompt = stored[self.columns[0]]
         if not isinstance(prompt, str):
             found = "nothing" if prompt is None else type(prompt).__name__

@@ -15,7 +15,7 @@ from typing import Any
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.formats.checking import read_file
-from polyalign.datasets.formats.exporting import as_file, rows_of
+from polyalign.datasets.formats.exporting import rows_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry, identity_of
 from polyalign.datasets.pair_rows import SIDES
@@ -129,6 +129,6 @@ def export_suffixes(store: PairStore, folder: Path) -> None:
     the prompt go along: this format has no place for scores and provenance."""
     for index, row in rows_of(store):
         for side, end in zip(SIDES, ("_w", "_l"), strict=True):
-            ending, content = as_file(row[side])
+            ending, content = store.kind.as_file(row[side])
             (folder / f"{index:06d}{end}{ending}").write_bytes(content)
         (folder / f"{index:06d}.txt").write_text(row["condition"]["prompt"] + "\n", encoding="utf-8")

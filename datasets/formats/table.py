@@ -1,8 +1,8 @@
 """The formats of preference pairs by name: one row each, and nothing else to edit for the next one.
 
-Pictures and texts have a table each. A row names where its data lie (the recipe's key under ``pairs``), the function that reads
-them into a pair store and the one that writes them from it, as ``module:function``. An importer is ``f(path, store, *,
-on_bad_row, **options)``; its keyword arguments with defaults are its options, and their annotations what is allowed. An
+Pictures, texts and sounds have a table each. A row names where its data lie (the recipe's key under ``pairs``), the function
+that reads them into a pair store and the one that writes them from it, as ``module:function``. An importer is ``f(path, store,
+*, on_bad_row, **options)``; its keyword arguments with defaults are its options, and their annotations what is allowed. An
 exporter is ``f(store, folder)``.
 """
 
@@ -121,6 +121,39 @@ TEXT_FORMATS: Mapping[str, Format] = {
     )
 }
 
+SOUND_FORMATS: Mapping[str, Format] = {
+    row.name: row
+    for row in (
+        Format(
+            "alpaca",
+            "path",
+            "a parquet file or a folder of them, with prompt, chosen, rejected and strategy",
+            f"{_HERE}.sounds:import_alpaca",
+            f"{_HERE}.sounds:export_alpaca",
+        ),
+        Format(
+            "jsonl",
+            "path",
+            "a file of lines with prompt, chosen and rejected",
+            f"{_HERE}.sounds:import_sound_jsonl",
+            f"{_HERE}.jsonl:export_jsonl",
+            lists=f"{_HERE}.jsonl:listed",
+        ),
+        Format(
+            "folders",
+            "folder",
+            "the one that holds chosen/ and rejected/",
+            f"{_HERE}.sounds:import_sound_folders",
+            f"{_HERE}.folders:export_folders",
+        ),
+        Format("store", "store", "the folder of a pair store of sounds", f"{_HERE}.stores:import_store"),
+        Format("relabel", "store", "the folder of a pair store of sounds", f"{_HERE}.stores:relabel", needs="judge"),
+    )
+}
+
+FORMATS_OF: Mapping[str, Mapping[str, Format]] = {"picture": FORMATS, "text": TEXT_FORMATS, "sound": SOUND_FORMATS}
+"""The tables by the kind of outputs."""
+
 IMAGE_SOURCES: Mapping[str, Format] = {
     **FORMATS,
     "labels": Format(
@@ -206,15 +239,15 @@ def listed_files(name: str, path: str | Path, formats: Mapping[str, Format] = FO
     return [] if lists is None else _load(lists)(Path(path))
 
 
-def exporter(name: str) -> Callable[[PairStore, Path], None]:
+def exporter(name: str, formats: Mapping[str, Format] = FORMATS) -> Callable[[PairStore, Path], None]:
     """The function that writes a store in this format.
 
     Raises:
         UserError: no such format, or one that is only read.
     """
-    writes = _row(name).writes
+    writes = _row(name, formats).writes
     if writes is None:
-        able = ", ".join(row.name for row in FORMATS.values() if row.writes)
+        able = ", ".join(row.name for row in formats.values() if row.writes)
         raise UserError(f"'{name}' is only read, not written; formats that are written: {able}")
     return _load(writes)
 

@@ -25,10 +25,11 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.datasets.formats.carrying import KEY, carried, pair_of
 from polyalign.datasets.formats.checking import MAX_BYTES, check_member
-from polyalign.datasets.formats.exporting import as_file, parts_of
+from polyalign.datasets.formats.exporting import parts_of
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Source, entry, identity_of
 from polyalign.datasets.formats.text_lines import as_object
+from polyalign.datasets.outputs import OutputKind
 from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
 
@@ -164,14 +165,14 @@ def export_webdataset(store: PairStore, folder: Path) -> None:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for index, row in zip(part, store.rows(part, decode=False), strict=True):
-                _add_pair(archive, f"{index:08d}", row)
+                _add_pair(archive, f"{index:08d}", row, store.kind)
         atomic_write(folder / f"pairs-{number:06d}.tar", buffer.getvalue())
 
 
-def _add_pair(archive: tarfile.TarFile, key: str, row: dict[str, Any]) -> None:
+def _add_pair(archive: tarfile.TarFile, key: str, row: dict[str, Any], kind: OutputKind) -> None:
     contents = []
     for side in SIDES:
-        ending, content = as_file(row[side])
+        ending, content = kind.as_file(row[side])
         _add(archive, f"{key}.{side}{ending}", content)
         contents.append(content)
     prompt = row["condition"]["prompt"]

@@ -10,6 +10,13 @@ A style preference: of one name, chosen is the drawing in one style and rejected
     python -m polyalign.datasets.worlds.emoji FOLDER --size 32 --count 600 --chosen openmoji --rejected twemoji
 
 writes ``FOLDER/chosen``, ``FOLDER/rejected`` and captions, as :mod:`polyalign.datasets.formats.folders` reads them.
+
+One style alone, its concepts parted into those to align on and those to evaluate on::
+
+    python -m polyalign.datasets.worlds.emoji FOLDER --size 32 --count 300 --held-out 0.3
+
+writes ``FOLDER/train`` and ``FOLDER/heldout`` (pictures with captions beside them), and the prompts of both, ``train.txt`` and
+``heldout.txt``.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.core.optional import require
 from polyalign.core.randomness import permutation
-from polyalign.datasets.formats.folders import ENDINGS
+from polyalign.datasets.formats.suffixes import ENDINGS
 from polyalign.datasets.pictures import decode, encode_png, fingerprint
 
 EXTRA, PURPOSE = "emoji", "drawing emoji"
@@ -238,30 +245,71 @@ def write_folder(
     """
     if chosen == rejected:
         raise UserError(f"chosen and rejected are both {chosen!r}; a preference needs two styles")
-    if size < 8 or (count is not None and count < 1):
-        raise UserError(f"size must be at least 8 pixels and count at least 1, found {size} and {count}")
-    available = list(drawings((chosen, rejected), size))
-    count = len(available) if count is None else count
-    if not available or count > len(available):
-        raise UserError(f"{count} pairs were asked for, but {chosen} and {rejected} share only {len(available)} concepts")
-    lot = [available[place] for place in permutation(seed, len(available), "emoji")[:count]]
+    lot = _lot((chosen, rejected), size, count, seed)
     files: dict[Path, bytes] = {}
     for concept, pictures in lot:
         for side, picture in zip(("chosen", "rejected"), pictures, strict=True):
             files[folder / side / f"{concept.slug}.png"] = encode_png(picture)
         files[folder / "chosen" / f"{concept.slug}.txt"] = f"{concept.name}\n".encode()
-    strangers = [path for side in ("chosen", "rejected") for path in (folder / side).glob("*") if path not in files]
+    _write(folder, files, {"chosen": chosen, "rejected": rejected})
+    return len(lot)
+
+
+def write_split(
+    folder: Path, *, size: int = 32, count: int | None = None, style: str = "openmoji", held_out: float = 0.3, seed: int = 0
+) -> dict[str, int]:
+    """Write drawings of one style with captions beside them, the share ``held_out`` of the concepts in ``heldout/`` and the
+    others in ``train/``, and the prompts of both in ``heldout.txt`` and ``train.txt``. Returns how many are in each. The
+    concepts, and on which side they fall, are drawn by lot, keyed by ``seed``.
+
+    Raises:
+        UserError: the style or its package is missing, fewer concepts than asked for, a part that would be empty, or other
+            files in the folder.
+    """
+    lot = _lot((style,), size, count, seed)
+    kept = round(held_out * len(lot))
+    if not 0 < kept < len(lot):
+        raise UserError(f"held_out is {held_out:g} of {len(lot)} concepts, which leaves a part empty; both need one at least")
+    parts = {"heldout": lot[:kept], "train": lot[kept:]}
+    files: dict[Path, bytes] = {}
+    for part, members in parts.items():
+        for concept, (picture,) in members:
+            files[folder / part / f"{concept.slug}.png"] = encode_png(picture)
+            files[folder / part / f"{concept.slug}.txt"] = f"{concept.name}\n".encode()
+        files[folder / f"{part}.txt"] = "".join(f"{concept.name}\n" for concept, _ in members).encode()
+    _write(folder, files, {"train and heldout": style})
+    return {part: len(members) for part, members in parts.items()}
+
+
+def _lot(styles: Sequence[str], size: int, count: int | None, seed: int) -> list[tuple[Concept, tuple[Image.Image, ...]]]:
+    """``count`` of the concepts that all styles have, in an order drawn by lot."""
+    if size < 8 or (count is not None and count < 1):
+        raise UserError(f"size must be at least 8 pixels and count at least 1, found {size} and {count}")
+    available = list(drawings(styles, size))
+    count = len(available) if count is None else count
+    if not available or count > len(available):
+        raise UserError(f"{count} concepts were asked for, but {' and '.join(styles)} have only {len(available)} (in common)")
+    return [available[place] for place in permutation(seed, len(available), "emoji")[:count]]
+
+
+def _write(folder: Path, files: dict[Path, bytes], styles: dict[str, str]) -> None:
+    """Write the files, and ``SOURCES.md``, which credits what each part was drawn in.
+
+    Raises:
+        UserError: a folder of theirs holds other files.
+    """
+    places = {path.parent for path in files if path.parent != folder}
+    strangers = [path for place in sorted(places) for path in sorted(place.glob("*")) if path not in files]
     if strangers:
         raise UserError(f"{folder}: holds other files already, such as {strangers[0]}. Take an empty folder")
-    files[folder / "SOURCES.md"] = _sources(chosen, rejected)
+    files[folder / "SOURCES.md"] = _sources(styles)
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
-    return count
 
 
-def _sources(chosen: str, rejected: str) -> bytes:
-    lines = [f"- {side}: {CREDITS.get(name, Path(name).name)}" for side, name in (("chosen", chosen), ("rejected", rejected))]
+def _sources(styles: dict[str, str]) -> bytes:
+    lines = [f"- {part}: {CREDITS.get(name, Path(name).name)}" for part, name in styles.items()]
     return "\n".join(["Drawings, scaled and laid on white:", "", *lines, ""]).encode()
 
 
@@ -269,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(
         prog="python -m polyalign.datasets.worlds.emoji",
-        description="Write style pairs of real drawings: chosen/ and rejected/ with captions.",
+        description="Write real drawings with captions: style pairs, or one style in two parts.",
     )
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("--size", type=int, default=32, help="pixels of a side (default 32)")
@@ -278,13 +326,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chosen", default="openmoji", help=f"the preferred style: {known} (default openmoji)")
     parser.add_argument("--rejected", default="twemoji", help="the other style (default twemoji)")
     parser.add_argument("--seed", type=int, default=0, help="which concepts are taken (default 0)")
-    asked = parser.parse_args(arguments)
+    parser.add_argument(
+        "--held-out", type=float, metavar="SHARE", help="write --chosen alone, no pairs, this share of the concepts in heldout/"
+    )
+    asked = vars(parser.parse_args(arguments))
+    held_out = asked.pop("held_out")
     try:
-        written = write_folder(**vars(asked))
+        if held_out is not None:
+            style, _ = asked.pop("chosen"), asked.pop("rejected")
+            written = write_split(**asked, style=style, held_out=held_out)
+            print(f"{written['train']} drawings in {asked['folder'] / 'train'}, {written['heldout']} in heldout ({style})")
+            return 0
+        pairs = write_folder(**asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{written} pairs in {asked.folder} ({asked.chosen} over {asked.rejected})")
+    print(f"{pairs} pairs in {asked['folder']} ({asked['chosen']} over {asked['rejected']})")
     return 0
 
 

@@ -108,3 +108,30 @@ def test_style_pairs_from_the_users_folders_to_the_pair_store(tmp_path):
     assert world.main([str(tmp_path / "out"), *arguments, "--count", "1"]) == 2  # others' pictures are in the way
     assert world.main([str(tmp_path / "more"), *arguments, "--count", "4"]) == 2
     assert world.main([str(tmp_path / "more"), "--chosen", "twemoji", "--rejected", "twemoji"]) == 2
+
+
+@needs("emoji")
+def test_one_style_in_two_parts(tmp_path):
+    """Captions beside the pictures, prompts of each part, no concept in both, and the same again."""
+    own = tmp_path / "style"
+    own.mkdir()
+    for number, name in enumerate(("red apple", "cat", "dog", "key", "bell")):
+        Image.new("RGB", (20, 20), (40 * number, 20, 200)).save(own / f"{name.replace(' ', '-')}.png")
+    kept = world.write_split(tmp_path / "a", size=16, style=str(own), held_out=0.4, seed=3)
+    assert kept == {"heldout": 2, "train": 3}
+    prompts = {part: (tmp_path / "a" / f"{part}.txt").read_text().splitlines() for part in kept}
+    assert sorted([*prompts["train"], *prompts["heldout"]]) == ["bell", "cat", "dog", "key", "red apple"]
+    for part, names in prompts.items():
+        captions = [path.read_text().strip() for path in (tmp_path / "a" / part).glob("*.txt")]
+        assert sorted(captions) == sorted(names)
+        assert all(Image.open(path).size == (16, 16) for path in (tmp_path / "a" / part).glob("*.png"))
+    world.write_split(tmp_path / "b", size=16, style=str(own), held_out=0.4, seed=3)
+    first, second = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in "ab"
+    )
+    assert first == second
+    with pytest.raises(UserError, match="held_out is 0.05 of 5 concepts, which leaves a part empty"):
+        world.write_split(tmp_path / "c", style=str(own), held_out=0.05)
+    with pytest.raises(UserError, match="holds other files already"):
+        world.write_split(tmp_path / "a", size=16, style=str(own), held_out=0.4, seed=3, count=3)
+    assert world.main([str(tmp_path / "d"), "--chosen", str(own), "--held-out", "0.4", "--size", "16"]) == 0

@@ -43,5 +43,27 @@ def test_references_are_brought_to_the_size_of_the_output(folder):
 
 
 def test_a_prompt_without_drawings_is_refused(folder):
-    with pytest.raises(UserError, match="no pair has the caption 'a car'"):
+    with pytest.raises(UserError, match="no picture has the caption 'a car'"):
         ReferenceStyleJudge(folder).score([{"prompt": "a car"}], [picture((0, 0, 0))])
+
+
+def test_captioned_pictures_alone_name_but_have_no_style(tmp_path):
+    """In sub-folders too; one picture of each caption."""
+    colours = {"a cat": (250, 0, 0), "a dog": (0, 0, 250)}
+    for part, (caption, colour) in zip(("train", "heldout"), colours.items(), strict=True):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / part / f"{part}.png")
+        (tmp_path / part / f"{part}.txt").write_text(caption)
+    judge = ReferenceNameJudge(str(tmp_path))
+    drawn = [Image.new("RGB", (8, 8), (230, 20, 10))] * 2
+    assert judge.score([{"prompt": "a cat"}, {"prompt": "a dog"}], drawn) == [1.0, 0.0]
+    with pytest.raises(UserError, match="has no chosen/ and rejected/"):
+        ReferenceStyleJudge(str(tmp_path))
+    (tmp_path / "heldout" / "heldout.txt").write_text("a cat")
+    with pytest.raises(UserError, match="has the caption of .*heldout.png, 'a cat'"):
+        ReferenceNameJudge(str(tmp_path))
+    (tmp_path / "heldout" / "heldout.txt").unlink()
+    with pytest.raises(UserError, match="heldout.png: no caption"):
+        ReferenceNameJudge(str(tmp_path))
+    with pytest.raises(UserError, match="no such folder"):
+        ReferenceNameJudge(str(tmp_path / "none"))
