@@ -60,7 +60,7 @@ class Batch:
     target: Tensor  # (G, K)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     margins: Tensor | None = None  # (G, K)
-    desirable: Tensor | None = None  # (G, K) bool
+    desirable: Tensor | None = None  # (G, K) bool, or the probability in [0, 1] that a candidate is desirable
     weight: Tensor | None = None  # (G,)
 
     def __len__(self) -> int:

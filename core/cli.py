@@ -65,6 +65,7 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 def _export_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
     parser.add_argument("--to", metavar="FOLDER", help="where to write (default: the folder 'export' in the run folder)")
+    parser.add_argument("--arm", metavar="NAME", help="an arm of the recipe in the place of its objective")
 
 
 def _explain_options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def _explain_options(parser: argparse.ArgumentParser) -> None:
         help="'objective' (the table), an objective (dpo), a key of a recipe (train.batch_size), 'configs' (the packaged "
         "recipes), or 'schema' (JSON schema for editors)",
     )
-    parser.add_argument("--modality", default="image", help="whose recipe the key belongs to (default: image)")
+    parser.add_argument("--modality", help="whose recipes are meant (default: a key is explained for all that have it)")
 
 
 def _diagnose_options(parser: argparse.ArgumentParser) -> None:

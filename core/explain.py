@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -30,29 +30,46 @@ PLAIN_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or
 SchemaOf = Callable[[], type[BaseModel]]
 
 
-def explanation(topic: str | None, schema_of: SchemaOf) -> str:
-    """The text for a topic. ``schema_of`` fetches the recipe's schema, which imports the modality, when it is needed.
+def explanation(topic: str | None, schemas: Mapping[str, SchemaOf]) -> str:
+    """The text for a topic.
+
+    Args:
+        topic: None is an overview.
+        schemas: by modality, what fetches its recipe's schema, which imports the modality, when it is needed. A key is
+            explained for every one that has it; the overview and the JSON schema are of the first.
 
     Raises:
         UserError: nothing is called that.
     """
+    first = next(iter(schemas.values()))
     if topic is None:
-        return overview(schema_of())
+        return overview(first())
     if topic == "configs":
         return configs_table()
     if topic == "schema":
-        return json.dumps(json_schema(schema_of()), indent=2)
+        return json.dumps(json_schema(first()), indent=2)
     table = _objectives()
     if topic == "objective":
         return objectives_table(table)
     if topic in table:
-        return objective_card(table[topic])
-    schema = schema_of()
+        return objective_card(table[topic], {name: schema_of() for name, schema_of in schemas.items()})
     wanted = re.sub(r"\.\d+(?=\.|$)", "", topic)
-    keys = [dotted(path) for path in all_paths(schema)]
-    if wanted in keys:
-        return key_card(schema, wanted)
-    raise UserError(_unknown(topic, wanted, keys, list(table)))
+    keys = {name: [dotted(path) for path in all_paths(schema_of())] for name, schema_of in schemas.items()}
+    having = {name: schemas[name]() for name, known in keys.items() if wanted in known}
+    if having:
+        return key_cards(having, wanted, several=len(schemas) > 1)
+    raise UserError(_unknown(topic, wanted, list(dict.fromkeys(key for known in keys.values() for key in known)), list(table)))
+
+
+def key_cards(schemas: Mapping[str, type[BaseModel]], key: str, *, several: bool) -> str:
+    """The key in every modality's recipes, those that say the same of it together. ``several``: there are modalities besides,
+    so each text says whose it is."""
+    found: dict[str, list[str]] = {}
+    for name, schema in schemas.items():
+        found.setdefault(key_card(schema, key), []).append(name)
+    if not several:
+        return next(iter(found))
+    return "\n\n".join(f"in recipes of modality {', '.join(names)}\n\n{card}" for card, names in found.items())
 
 
 def _objectives() -> dict[str, Any]:
@@ -106,8 +123,9 @@ def _only(row: Any) -> str:
     return f" [{'; '.join(limits)}]" if limits else ""
 
 
-def objective_card(row: Any) -> str:
-    """One objective in full."""
+def objective_card(row: Any, schemas: Mapping[str, type[BaseModel]] | None = None) -> str:
+    """One objective in full. Where a single modality's schema is given, defaults are what its recipes take; of several, those
+    that take a beta of their own are named."""
     from polyalign.core.objectives.objective import capability_words, in_words
     from polyalign.core.objectives.serves import DATA_WORDS
 
@@ -118,16 +136,44 @@ def objective_card(row: Any) -> str:
         parts.append(f"over noise levels\n{_indent(_jensen(row))}")
     parts.append(f"is trained on\n{_indent(', or '.join(DATA_WORDS[data] for data in row.data))}")
     parts.append(f"needs of the scores\n{_indent(capability_words(row.needs))}")
-    parts.append("parameters\n" + "\n".join(_parameter_lines(row.parameters, "objective")))
-    parts.append(f"in a recipe\n{textwrap.indent(_example(row), '  ')}")
+    others = {name: given for name, schema in (schemas or {}).items() if (given := _given_by(schema, row)) is not None}
+    own = next(iter(others.values()), None) if len(schemas or {}) == 1 else None
+    lines = list(_parameter_lines(row.parameters, "objective", own))
+    if own is None:
+        lines += [
+            f"  in recipes of modality {name}, where none is given: {_beta_words(given)}" for name, given in others.items()
+        ]
+    parts.append("parameters\n" + "\n".join(lines))
+    parts.append(f"in a recipe\n{textwrap.indent(_example(row, own), '  ')}")
     return "\n\n".join(parts)
+
+
+def _given_by(schema: type[BaseModel], row: Any) -> BaseModel | None:
+    """The objective as recipes of this schema take it where they say its name alone, None where that is the row's own. A schema
+    with other defaults has ``objective_defaults(mapping) -> mapping``."""
+    change = getattr(schema, "objective_defaults", None)
+    if change is None:
+        return None
+    plain = _least(row)
+    return None if (changed := change(plain)) == plain else row.parameters.model_validate(changed)
+
+
+def _least(row: Any) -> dict[str, Any]:
+    """The shortest mapping that a recipe can give."""
+    fields = row.parameters.model_fields
+    return {
+        "name": row.name,
+        **{name: literals(row.parameters, name)[0] for name, info in fields.items() if info.is_required()},
+    }
+
+
+def _beta_words(given: Any) -> str:
+    return f"beta {short(given.beta.value)}, convention {given.beta.convention}"
 
 
 def _jensen(row: Any) -> str:
     """What drawing one noise level after another does to the row's loss."""
-    fields = row.parameters.model_fields
-    chosen = {name: literals(row.parameters, name)[0] for name, info in fields.items() if info.is_required()}
-    objective = row.build(row.parameters.model_validate({"name": row.name, **chosen}))
+    objective = row.build(row.parameters.model_validate(_least(row)))
     if objective.is_bound:
         return "the mean of its losses is an upper bound of the loss at the mean log-ratio"
     return "a heuristic with its default parameters: the mean of its losses is no bound of the loss at the mean log-ratio"
@@ -140,7 +186,8 @@ def _parameter_lines(section: type[BaseModel], prefix: str, own: BaseModel | Non
             continue
         shape = shape_of_field(info)
         given = None if own is None else getattr(own, name)
-        shown = _default_text(info) if own is None or isinstance(given, BaseModel) else f"; default {short(given)}"
+        told = own is None or info.is_required() or isinstance(given, BaseModel)
+        shown = _default_text(info) if told else f"; default {short(given)}"
         yield f"  {prefix}.{name}: {_kind(info)}{shown}"
         if info.description:
             yield _indent(info.description, 6)
@@ -151,9 +198,11 @@ def _parameter_lines(section: type[BaseModel], prefix: str, own: BaseModel | Non
             )
 
 
-def _example(row: Any) -> str:
-    """The row's defaults as they would stand in a recipe."""
+def _example(row: Any, own: BaseModel | None = None) -> str:
+    """The row's defaults, or those of ``own``, as they would stand in a recipe."""
     values = {name: info.get_default(call_default_factory=True) for name, info in row.parameters.model_fields.items()}
+    if own is not None:
+        values = {name: getattr(own, name) for name in values}
     plain = {
         name: value.model_dump(mode="json", exclude_none=True) if isinstance(value, BaseModel) else value
         for name, value in values.items()

@@ -1,7 +1,8 @@
 """What the verbs do: find the recipe and its modality, open the run folder, call the modality's function.
 
 A modality is a module with ``SCHEMA`` (the pydantic class of its recipe, with the keys ``modality``, ``seed`` and ``run``), the
-functions ``generate``, ``train``, ``evaluate``, ``report`` of ``(recipe, run)``, ``export(recipe, run, destination)``, and
+functions ``generate``, ``train``, ``evaluate``, ``report`` of ``(recipe, run)``, ``export(recipe, run, destination)`` (with
+``arm=None`` where recipes have arms), and
 ``STAGES``, the names of those functions that ``align`` calls, in order. See ``core/run.py`` for how such a function is written;
 ``report`` alone needs no stage. In the key ``run``, ``{seed}`` stands for the seed.
 """
@@ -11,13 +12,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from pydantic import BaseModel
 
 from polyalign.core.cli import existing_run
 from polyalign.core.config import dump, open_draft, validate
@@ -26,7 +31,12 @@ from polyalign.core.config_source import Draft, Place, shown
 from polyalign.core.errors import UserError
 from polyalign.core.run import RunFolder, Stage
 
-MODALITIES = {"image": "polyalign.modalities.image.stages", "text": "polyalign.modalities.text.stages"}
+MODALITIES = {
+    "image": "polyalign.modalities.image.stages",
+    "text": "polyalign.modalities.text.stages",
+    "audio": "polyalign.modalities.audio.stages",
+    "lidar": "polyalign.modalities.lidar.stages",
+}
 """The modalities that come with polyalign: name -> module, imported when a recipe asks for it."""
 
 ENTRY_POINTS = "polyalign.modalities"
@@ -164,14 +174,18 @@ def one_stage(verb: str, options: argparse.Namespace) -> int:
 def export(_verb: str, options: argparse.Namespace) -> int:
     """The modality's export."""
     job = job_of(options)
-    destination = Path(options.to).expanduser() if options.to else job.folder / "export"
+    aside = job.folder / ("export" if options.arm is None else f"export-{options.arm}")
+    destination = Path(options.to).expanduser() if options.to else aside
     if options.dry_run:
         print(f"would write {destination}")
         return _show_plan(job, list(job.module.STAGES))
     if not job.folder.is_dir():
         raise UserError(f"run folder {job.folder}: does not exist, so there is nothing to export. Run 'polyalign align' first.")
+    which = {} if options.arm is None else {"arm": options.arm}
+    if which and "arm" not in inspect.signature(job.module.export).parameters:
+        raise UserError("--arm: recipes of this modality have no arms to export. Leave it out")
     with RunFolder(job.folder).lock() as run:
-        job.module.export(job.recipe, run, destination)
+        job.module.export(job.recipe, run, destination, **which)
     print(f"exported to {destination}")
     return 0
 
@@ -217,7 +231,7 @@ def _show_plan(job: Job, names: list[str]) -> int:
     print(dump(job.recipe))
     print(f"# run folder: {job.folder}{'' if job.folder.is_dir() else ' (new)'}")
     for stage in [stage for group in plan(job, names).values() for stage in group.values()]:
-        print(f"# {stage.name:12}{stage.status:9}{'; '.join(stage.reasons)}".rstrip())
+        print(f"# {stage.name + ' ':12}{stage.status:9}{'; '.join(stage.reasons)}".rstrip())
     return 0
 
 
@@ -225,8 +239,13 @@ def explain(_verb: str, options: argparse.Namespace) -> int:
     """See ``core/explain.py``."""
     from polyalign.core.explain import explanation
 
-    print(explanation(options.topic, lambda: modality_module(options.modality).SCHEMA))
+    names = modality_names() if options.modality is None else [options.modality]
+    print(explanation(options.topic, {name: partial(_schema_of, name) for name in names}))
     return 0
+
+
+def _schema_of(modality: str) -> type[BaseModel]:
+    return modality_module(modality).SCHEMA
 
 
 def diagnose(_verb: str, options: argparse.Namespace) -> int:

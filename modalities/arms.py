@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
-from polyalign.core.run import RunFolder
+from polyalign.core.run import RunFolder, Stage
 from polyalign.datasets.labels import LabelStore
 from polyalign.datasets.pairs import PairStore
 from polyalign.modalities import loops
@@ -87,10 +87,32 @@ class Room:
 
 
 def train_arms(room: Room, recipe: Any, run: RunFolder) -> None:
-    """The recipe's objective and every arm: writes ``adapter/`` and ``arms/NAME/adapter/``."""
+    """The recipe's objective and every arm: writes ``adapter/`` and ``arms/NAME/adapter/``; with ``sft_first`` before them
+    ``sft_first/adapter/``, which they go on from."""
+    if loops.section(recipe, "sft_first") is not None:
+        _train_first(room, recipe, run)
     train_arm(room, recipe, run, "train", recipe.objective, "")
     for name, objective in recipe.arms.items():
         train_arm(room, recipe, run, f"train {name}", objective, f"arms/{name}/")
+
+
+def _train_first(room: Room, recipe: Any, run: RunFolder) -> None:
+    """Fine-tuning on the chosen outputs, for as many steps as ``sft_first`` says."""
+    from polyalign.core.objectives.table import TABLE
+
+    steps = recipe.train.model_copy(update={"steps": recipe.sft_first.steps})
+    objective: Any = TABLE["sft"].parameters()
+    first = recipe.model_copy(update={"sft_first": None, "online": None, "train": steps, "objective": objective})
+    train_arm(room, first, run, loops.FIRST, objective, f"{loops.FIRST_FOLDER}/")
+    wait_for_all()  # the first process writes into the ledger that this stage has finished, which the next one asks for
+
+
+def wait_for_all() -> None:
+    """Where training runs in several processes: go on when all have come here."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
 
 
 def train_arm(room: Room, recipe: Any, run: RunFolder, stage_name: str, objective: ObjectiveSpec, place: str) -> None:
@@ -107,7 +129,8 @@ def train_arm(room: Room, recipe: Any, run: RunFolder, stage_name: str, objectiv
         **loops.inputs_of(recipe, objective),
     }
     scratch = (f"{place}checkpoints", f"{place}metrics.jsonl", f"{place}{LEFT_OUT}", *loops.scratch_of(recipe, place))
-    with run.stage(stage_name, inputs, after=("generate",), products=(f"{place}adapter",), scratch=scratch) as stage:
+    after = ("generate", *loops.stages_before(recipe))
+    with run.stage(stage_name, inputs, after=after, products=(f"{place}adapter",), scratch=scratch) as stage:
         if stage.todo:
             _train(room, recipe, run, objective, run / place if place else run.path)
 
@@ -146,7 +169,10 @@ def _training_inputs(train: TrainSettings) -> dict[str, Any]:
 
 def _train(room: Room, recipe: Any, run: RunFolder, objective: ObjectiveSpec, folder: Path) -> None:
     adapter, model = room.open_model(recipe, run, objective)
-    model = room.trainable(recipe, adapter, model)
+    if loops.stages_before(recipe):
+        model = adapter.trainable(adapter.load_lora(model, run / loops.FIRST_FOLDER / "adapter"), fresh=False)
+    else:
+        model = room.trainable(recipe, adapter, model)
     asked = room.asked_of(recipe, run)
     asked.validate()
     room.evaluation_conditions(recipe, asked)  # refuse now, and not after the training, what evaluation would refuse
@@ -314,11 +340,23 @@ def whole_model(room: Room, recipe: Any, run: RunFolder, trainer: Trainer, model
     return whole
 
 
-def refuse_unless_trained(room: Room, recipe: Any, run: RunFolder) -> None:
-    """Raises UserError unless the training of this recipe is finished: ``adapter/`` may be of other settings, or half there."""
+def refuse_unless_trained(room: Room, recipe: Any, run: RunFolder, arm: str | None = None) -> Path:
+    """The folder of what the recipe's objective, or an arm, was trained to.
+
+    Raises:
+        UserError: no such arm, or its training is not finished: the folder may be of other settings, or half there.
+    """
+    if arm is not None and arm not in recipe.arms:
+        raise UserError(f"there is no arm {arm!r} in this recipe; it has {', '.join(recipe.arms) or 'none'}")
+    stage, place = ("train", "") if arm is None else (f"train {arm}", f"arms/{arm}/")
     plan = RunFolder(run.path, planning=True)
-    train_arm(room, recipe, plan, "train", recipe.objective, "")
-    stage, source = plan.planned["train"], run / "adapter"
+    train_arm(room, recipe, plan, stage, recipe.objective if arm is None else recipe.arms[arm], place)
+    refuse_unfinished(plan.planned[stage], run / f"{place}adapter")
+    return run / f"{place}adapter"
+
+
+def refuse_unfinished(stage: Stage, source: Path) -> None:
+    """Raises UserError unless the training whose stage this is has finished; ``source`` is the folder of its weights."""
     reasons = "; ".join(stage.reasons)
     if stage.status == "todo":
         raise UserError(f"{source}: nothing was trained yet. Run 'polyalign train CONFIG' first")

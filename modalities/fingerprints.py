@@ -66,7 +66,7 @@ def judge_files(specs: Sequence[JudgeConfig]) -> dict[str, Any]:
 
 def listed(source: str, location: str | None, formats: Mapping[str, Format]) -> dict[str, Any]:
     """The hash of the files that the data's own file only names."""
-    if source == "generate" or location is None:
+    if source not in formats or location is None:
         return {}
     files, beside = listed_files(source, location, formats), Path(location).parent
     hashes = "\n".join(f"{os.path.relpath(file, beside)} {fingerprint(str(file))}" for file in files)

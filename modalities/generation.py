@@ -163,11 +163,11 @@ def generate_pairs(
     store = PairStore(folder, outputs)
     store.folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(store.folder)
-    _claim(store.folder, _inputs(model, conditions, judge, settings, seed))
+    claim(store.folder, _inputs(model, conditions, judge, settings, seed))
     work = _Generation(adapter, model, conditions, judge, settings, store, seed)
     todo = work.unfinished()
     total = len(conditions) * settings.samples_per_prompt
-    with _reporting(progress, total - sum(len(work.places(index)) for index in todo), total) as report:
+    with reporting(progress, total - sum(len(work.places(index)) for index in todo), total) as report:
         for index in todo:
             work.make(index)
             report(len(work.places(index)))
@@ -192,7 +192,7 @@ def _inputs(
     }
 
 
-def _claim(folder: Path, inputs: dict[str, Any]) -> None:
+def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Write ``generation.json``, or compare with the one there: shards made in different ways must not come together.
 
     Raises:
@@ -217,7 +217,7 @@ def _claim(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _reporting(progress: Report | None, done: int, total: int) -> Iterator[Callable[[int], None]]:
+def reporting(progress: Report | None, done: int, total: int) -> Iterator[Callable[[int], None]]:
     """A function that takes the number of samples just made."""
     if progress is None:
         with ProgressLine("making pairs (samples)", total=total, start=done) as line:

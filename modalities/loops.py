@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PROMPTS = "prompts.jsonl"
 """What the rounds of an online training ask: a condition a line."""
 ROUNDS = "rounds"
+FIRST, FIRST_FOLDER = "train sft_first", "sft_first"
+"""The stage and the folder of a fine-tuning that the objectives go on from."""
 MARGINS = "cache/margins"
 ABSENT = object()
 """For a key that the modality's recipes do not have: what needs it is refused as nothing that they can serve."""
@@ -78,6 +80,11 @@ def section(recipe: Any, name: str) -> Any:
 
 def is_online(recipe: Any) -> bool:
     return section(recipe, "online") is not None
+
+
+def stages_before(recipe: Any) -> tuple[str, ...]:
+    """Stages whose weights the recipe's trainings go on from."""
+    return () if section(recipe, "sft_first") is None else (FIRST,)
 
 
 def specs_of(recipe: Any) -> dict[str, ObjectiveSpec]:
@@ -132,8 +139,20 @@ def refuse(recipe: Any) -> None:
     _refuse_without(needs, recipe)
     if needs["guide"] and section(recipe, "guide") is not None:
         fingerprint(recipe.guide.folder)
+    if section(recipe, "sft_first") is not None:
+        _refuse_first(recipe)
     if is_online(recipe):
         _refuse_online(recipe)
+
+
+def _refuse_first(recipe: Any) -> None:
+    if recipe.model.train == "full":
+        raise UserError(
+            "sft_first: the objective goes on from the LoRA that fine-tuning wrote, with the base under it as the reference, "
+            "and model.train is full. Set model.train to lora, or run two recipes"
+        )
+    if is_online(recipe):
+        raise UserError("sft_first learns from pairs that are there, and with 'online' rounds make theirs. Leave one out")
 
 
 def _refuse_without(needs: Mapping[str, set[str]], recipe: Any) -> None:

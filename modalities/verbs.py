@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write, disk_full_explained
+from polyalign.core.progress import ProgressLine
 from polyalign.core.randomness import seed_of
 from polyalign.core.run import RunFolder
 from polyalign.modalities import loops
 from polyalign.modalities.arms import Room, refuse_unless_trained
+from polyalign.modalities.exporting import add_evaluation
 from polyalign.modalities.fingerprints import fingerprint, judge_files, listed
 
 if TYPE_CHECKING:
@@ -105,10 +107,19 @@ def refuse_several_processes(verb: str, run: RunFolder, *, modality: str) -> Non
 # --- pairs -------------------------------------------------------------------------------------------------------------------
 
 
-def generate(room: Room, recipe: Any, run: RunFolder, *, formats: Mapping[str, Format], samples_of: Mapping[str, Any]) -> None:
+def generate(
+    room: Room,
+    recipe: Any,
+    run: RunFolder,
+    *,
+    formats: Mapping[str, Format],
+    samples_of: Mapping[str, Any],
+    makers: Mapping[str, Callable[[Any, RunFolder, Any, Any], None]] = {},
+) -> None:
     """Prompts to pairs, or preferences in any format to pairs: writes ``pairs/``.
 
     ``formats`` is the table of the modality's formats, ``samples_of`` what samples of the base depend on besides its files.
+    ``makers`` are further sources that sample and judge, by name: ``maker(recipe, run, adapter, model)`` fills ``pairs/``.
     """
     pairs = recipe.pairs
     if loops.is_online(recipe):
@@ -120,7 +131,7 @@ def generate(room: Room, recipe: Any, run: RunFolder, *, formats: Mapping[str, F
         inputs |= {**room.model_files(recipe), **samples_of}
     with run.stage("generate", inputs, products=("pairs",)) as stage:
         if stage.todo:
-            _generate(room, recipe, run, formats)
+            _generate(room, recipe, run, formats, makers)
 
 
 def _ask(room: Room, recipe: Any, run: RunFolder) -> None:
@@ -132,7 +143,7 @@ def _ask(room: Room, recipe: Any, run: RunFolder) -> None:
             loops.AskedPrompts.write(run / loops.PROMPTS, room.conditions_of(prompts, recipe.seed))
 
 
-def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, Format]) -> None:
+def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, Format], makers: Mapping[str, Any]) -> None:
     from polyalign.datasets.formats.own_samples import Drawing
     from polyalign.evaluation.judges import panel
     from polyalign.modalities.generation import GenerationSettings, generate_pairs, read_pairs
@@ -142,6 +153,9 @@ def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, For
         read_pairs(pairs, store, formats)
         return
     adapter, model = room.open_model(recipe, run, None)
+    if pairs.source in makers:
+        makers[pairs.source](recipe, run, adapter, model)
+        return
     if pairs.source != "generate":
         read_pairs(pairs, store, formats, Drawing(partial(adapter.sample, model), model.identity, recipe.seed, sampler))
         return
@@ -239,6 +253,31 @@ def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any
     atomic_write(run / "evaluation.json", json.dumps(report, indent=1))
 
 
+def sampled_files(
+    adapter: Any,
+    model: Any,
+    run: RunFolder,
+    name: str,
+    conditions: Sequence[Condition],
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    ending: str,
+    encode: Callable[[Any], bytes],
+) -> list[str]:
+    """Outputs of one model, a file each, written to ``samples/NAME`` batch by batch; those already there are not made again.
+    Returns the files, relative to the run folder."""
+    files = [f"samples/{name}/{index:05d}{ending}" for index in range(len(conditions))]
+    (run / "samples" / name).mkdir(parents=True, exist_ok=True)
+    with ProgressLine(f"sampling, {name}", total=len(files)) as line:
+        for part in (slice(start, start + batch_size) for start in range(0, len(files), batch_size)):
+            if not all((run / file).exists() for file in files[part]):
+                for file, output in zip(files[part], adapter.sample(model, conditions[part], seeds[part]), strict=True):
+                    atomic_write(run / file, encode(output))
+            line.advance(count=len(files[part]))
+    return files
+
+
 # --- report and export -------------------------------------------------------------------------------------------------------
 
 
@@ -251,14 +290,30 @@ def report(run: RunFolder) -> None:
     print(f"{verdict['state']}: {verdict['sentence']}\nreport: {page}")
 
 
-def export(room: Room, recipe: Any, run: RunFolder, destination: Path) -> None:
-    """The trained weights, where the user wants them.
+def export(room: Room, recipe: Any, run: RunFolder, destination: Path, arm: str | None = None) -> None:
+    """The trained weights of the recipe's objective, or of an arm, where the user wants them. Where they are evaluated, the
+    card says how, and pictures are shown beside those of the base.
 
     Raises:
         UserError: there are none, they are unfinished or of another recipe; something is at the destination; a full disk.
     """
-    refuse_unless_trained(room, recipe, run)
-    source = run / "adapter"
+    source = refuse_unless_trained(room, recipe, run, arm)
+    plan = RunFolder(run.path, planning=True)
+    evaluate(room, recipe, plan, _not_in_a_plan)
+    evaluated = plan.planned["evaluate"].status == "done"
+    copied_whole(source, destination, finish=partial(add_evaluation, run=run.path, arm=arm) if evaluated else None)
+
+
+def _not_in_a_plan(_name: str, _trained: Path | None, _conditions: Sequence[Condition], _seeds: Sequence[int]) -> Outputs:
+    raise RuntimeError("a plan samples nothing")
+
+
+def copied_whole(source: Path, destination: Path, *, finish: Callable[[Path], None] | None = None) -> None:
+    """A folder where the user wants it: all of it or nothing. ``finish`` adds to the copy before it comes into place.
+
+    Raises:
+        UserError: something is at the destination; a full disk.
+    """
     if destination.exists():
         raise UserError(f"{destination}: exists already; nothing was written. Give another folder, or move this one away")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +321,8 @@ def export(room: Room, recipe: Any, run: RunFolder, destination: Path) -> None:
     try:
         with disk_full_explained(f"the export {destination}"):
             _copy(source, unfinished / "export")
+            if finish is not None:
+                finish(unfinished / "export")
         (unfinished / "export").rename(destination)
     finally:
         shutil.rmtree(unfinished)

@@ -186,7 +186,8 @@ def denoising_scores(
     ``predict(noisy (N, ...), timesteps (N,)) -> (N, ...)`` is the network with its conditions bound; ``rows_of`` brings a
     condition into the order of its rows. ``timesteps`` are what the network is told (``schedule.timestep``). Values are as in
     ``squared_error_scores``, against the target of ``prediction_type``; ``mask`` broadcasts to (G, K, U, ...);
-    ``notes["timestep"]`` is (G, U).
+    ``notes["timestep"]`` is (G, U), and, with ``keep_residual``, ``notes["clean_scale"]`` (G, U) makes of a residual the error
+    of the clean sample, sign aside (:meth:`NoiseSchedule.clean_scale`).
     """
     groups, candidates = clean.shape[:2]
     units = draws.timesteps.shape[1]
@@ -209,4 +210,7 @@ def denoising_scores(
         keep_residual=keep_residual,
         per_unit=True,
     )
-    return replace(scores, notes={**scores.notes, "timestep": draws.timesteps})
+    notes = {**scores.notes, "timestep": draws.timesteps}
+    if keep_residual:
+        notes["clean_scale"] = schedule.clean_scale(prediction_type).to(clean.device)[draws.timesteps]
+    return replace(scores, notes=notes)

@@ -161,6 +161,19 @@ class NoiseSchedule:
         a, s = self.coefficients(indices, clean)
         return a * noise - s * clean
 
+    def clean_scale(self, prediction_type: PredictionType) -> Tensor:
+        """(T,) float64: by how much an error of the network's output moves the clean sample that follows from it: epsilon s/a,
+        infinite where there is no signal; v and flow s; sample 1.
+
+        Raises:
+            UserError: a prediction type that this schedule does not have.
+        """
+        self.check(prediction_type)
+        noise = self.noise.double()
+        if prediction_type == "epsilon":
+            return noise / self.signal.double()
+        return torch.ones_like(noise) if prediction_type == "sample" else noise
+
     def check(self, prediction_type: str) -> None:
         """Refuse a prediction type that the schedule does not define."""
         allowed = ("flow",) if self.kind == FLOW else ("epsilon", "v_prediction", "sample")

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from polyalign.core.errors import UserError
 from polyalign.core.objectives.losses import Flags, Scored, check_smoothing, logistic_with_flips
+from polyalign.core.objectives.view import View
 
+LEAST_ERROR = 1e-5
+"""The least mean error that DiffusionNFT divides by."""
 DSPOForm = Literal["score_matching", "sdxl_code"]
 SDXL_SWITCH = 0.1
 """The size of the policy's distance from its reference at which the code's SDXL branch changes its loss."""
@@ -107,3 +110,60 @@ class DSPO(Flags):
         if bool(moved.detach().square().mean() >= SDXL_SWITCH):
             return (left * moved).square().mean((1, 2))
         return left.reshape(-1).square()
+
+
+@dataclass(frozen=True)
+class NFT(Flags):
+    """Negative-aware fine-tuning (DiffusionNFT, arXiv 2509.16117; NVlabs/DiffusionNFT@24af555 scripts/train_nft_sd3.py): the
+    policy, mixed with its reference, is regressed on what is desirable, and mixed with the opposite sign on what is not.
+
+        scale / m (r |x(o+) - x0|^2 / w+ + (1 - r) |x(o-) - x0|^2 / w-) + proximity |o - o_ref|^2
+        o+ = o_ref + m (o - o_ref),   o- = o_ref - m (o - o_ref)
+
+    with m ``mixing`` (the paper's beta), r the probability that the candidate is desirable, o the network's output, x(o) the
+    clean sample that follows from it, |.|^2 a mean over elements, and w the mean absolute error, detached, at least 1e-5. The
+    mean is over the candidates of a group and their noise levels.
+
+    x(o) - x0 is a multiple of o's residual, and residuals mix as outputs do, so nothing but residuals is needed.
+    """
+
+    mixing: float = 1.0
+    scale: float = 5.0
+    proximity: float = 0.0
+    name: str = "NFT"
+    shift_invariant: bool = False
+    convex_in_difference: bool = False
+    needs: frozenset[str] = frozenset({"output_gradient"})
+    reference_needs: frozenset[str] = frozenset({"output_gradient"})
+
+    def __call__(self, scored: Scored) -> Tensor:
+        view = scored.view
+        assert view.policy.residual is not None and view.reference is not None and view.reference.residual is not None
+        before = view.reference.residual.to(view.policy.residual)  # (G, K, U, D)
+        moved = view.policy.residual - before
+        clean = self._clean_scale(view).to(before)
+        wanted = view.desirability.unsqueeze(-1)
+        up, down = (self._error(clean * (before + sign * self.mixing * moved)) for sign in (1.0, -1.0))
+        loss = self.scale / self.mixing * (wanted * up + (1.0 - wanted) * down)
+        return (loss + self.proximity * moved.square().mean(-1)).mean((1, 2))
+
+    @staticmethod
+    def _clean_scale(view: View) -> Tensor:
+        """(G, 1, U, 1); 1 for scores that say nothing of it, whose outputs are then taken for the samples themselves.
+
+        Raises:
+            UserError: a level without signal, where an error of the noise says nothing about the clean sample.
+        """
+        found = view.policy.notes.get("clean_scale")
+        if found is None:
+            return view.policy_values.new_ones(())
+        if not bool(found.isfinite().all()):
+            raise UserError(
+                "the NFT loss is about clean samples, and at a noise level without signal a network that predicts the noise "
+                "gives none. Leave the highest level out (likelihood.timesteps.high)"
+            )
+        return found.unsqueeze(1).unsqueeze(-1)
+
+    @staticmethod
+    def _error(residual: Tensor) -> Tensor:
+        return residual.square().mean(-1) / residual.detach().abs().mean(-1).clamp(min=LEAST_ERROR)

@@ -8,11 +8,13 @@ from pydantic import Field
 
 from polyalign.core.objectives.links import ErrorOdds
 from polyalign.core.objectives.losses import Logistic, ReverseKL
-from polyalign.core.objectives.losses_coupled import DSPO, DSPOForm
+from polyalign.core.objectives.losses_coupled import DSPO, NFT, DSPOForm
+from polyalign.core.objectives.objective import Objective, Term
 from polyalign.core.objectives.rows import (
     DENOISING,
     PROBABILITY_FREE,
     Flip,
+    Parameters,
     PreferenceParameters,
     Row,
     beta_of,
@@ -85,6 +87,20 @@ class CRPO(PreferenceParameters):
     """Share of labels taken to be wrong."""
 
 
+class DiffusionNFT(Parameters):
+    name: Literal["diffusion_nft"] = "diffusion_nft"
+
+    mixing: float = Field(default=1.0, gt=0.0, le=1.0)
+    """The publication's beta: the policy's share of the mixtures with the reference. A small one takes larger steps (1/mixing
+    is its guidance strength); the authors use 1 and 0.1."""
+
+    scale: float = Field(default=5.0, gt=0.0)
+    """The factor on the regressions: the code's adv_clip_max."""
+
+    proximity: float = Field(default=0.0, ge=0.0)
+    """Weight of the squared distance of the policy's output from the reference's; the authors take 0.0001, to the base."""
+
+
 ROWS = (
     Row(
         name="sdpo",
@@ -138,5 +154,20 @@ ROWS = (
         differences="None. The same as dpo with objective.sft 1. Sampling and ranking between rounds are the loop's part.",
         parameters=CRPO,
         build=lambda p: preference(p, "crpo", Logistic(p.label_smoothing)),
+    ),
+    Row(
+        name="diffusion_nft",
+        summary="Negative-aware fine-tuning: regress on what is desirable and away from what is not, without a likelihood.",
+        formula="scale/m (r |x(o_ref + m d) - x0|^2/w+ + (1-r) |x(o_ref - m d) - x0|^2/w-) + proximity |d|^2, d = o - o_ref",
+        source="arXiv 2509.16117; NVlabs/DiffusionNFT@24af555 scripts/train_nft_sd3.py.",
+        differences="The paper has no w (detached mean absolute errors) and no scale; both are the code's. r is the label, or "
+        "the preference's probability (online.targets: soft); in the code 1/2 + adv/(2 adv_clip_max), adv the advantage within "
+        "a prompt. The old policy, a moving mean of the policy, is our reference seat (train.reference.seat: ema, or "
+        "online.reference: refreshed); proximity holds on to it too, the code to the base. Beta only scales what is reported.",
+        parameters=DiffusionNFT,
+        needs=VALUE | {"output_gradient"},
+        likelihoods=DENOISING,
+        data=("pairs", "labels"),
+        build=lambda p: Objective("diffusion_nft", terms=(Term(NFT(p.mixing, p.scale, p.proximity)),)),
     ),
 )

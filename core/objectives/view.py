@@ -82,8 +82,8 @@ class View:
 
     @property
     def desirability(self) -> Tensor:
-        """(G, K), 1 for a desirable candidate and 0 for an undesirable one: the labels of unpaired data where the batch has
-        them, otherwise the target, which makes of a pair one of each.
+        """(G, K), 1 for a desirable candidate and 0 for an undesirable one, or the probability of it: the labels of unpaired
+        data where the batch has them, otherwise the target, which makes of a pair one of each.
 
         Raises:
             UserError: single candidates without labels.

@@ -23,8 +23,8 @@ from polyalign.core.randomness import rng
 from polyalign.core.references import adapters_off
 from polyalign.core.scores import Scores
 from polyalign.datasets.pictures import fingerprint
+from polyalign.modalities.content_cache import ContentCache
 from polyalign.modalities.image import export, latents, loading, lora, pictures, sampling, text
-from polyalign.modalities.image.cache import ContentCache
 from polyalign.modalities.image.families import Told, family_of
 from polyalign.modalities.image.micro_conditioning import time_ids
 from polyalign.modalities.image.settings import ImageModelSettings

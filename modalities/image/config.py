@@ -21,7 +21,8 @@ from polyalign.core.recipe import (
     named_as_folders,
 )
 from polyalign.core.recipe_loops import OnlineConfig
-from polyalign.datasets.formats.table import IMAGE_SOURCES, checked_options
+from polyalign.datasets.formats.table import IMAGE_SOURCES
+from polyalign.modalities.recipe_sections import ImplicitRewardConfig, LikelihoodConfig, check_pairs, location_of
 
 if TYPE_CHECKING:
     PairSource = str
@@ -133,44 +134,6 @@ class PrepareConfig(Section):
     named by what it was made from, and may be deleted at any time. Null: `cache/` in the run folder."""
 
 
-class TimestepsConfig(Section):
-    """From which noise levels an error is estimated."""
-
-    kind: Literal["uniform", "logit_normal"] = "uniform"
-    """Evenly, or logit-normal as for SD3."""
-
-    low: int = Field(default=0, ge=0)
-    """The lowest level that is drawn."""
-
-    high: int | None = Field(default=None, ge=1)
-    """One above the highest level that is drawn; null is all of them (SDXL refiner: 200)."""
-
-    choices: tuple[int, ...] = ()
-    """Draw from these only (SDXL-Turbo: 249, 499, 749, 999)."""
-
-    mean: float = 0.0
-    """Of the logit-normal's normal."""
-
-    std: float = Field(default=1.0, gt=0.0)
-    """Of the logit-normal's normal."""
-
-
-class LikelihoodConfig(Section):
-    """How the likelihood of a picture is estimated."""
-
-    weighting: Literal["constant", "elbo", "snr", "min_snr"] = "constant"
-    """Weight of a noise level. `constant` is 1 on the model's own target, as in every published code."""
-
-    gamma: float = Field(default=5.0, gt=0.0)
-    """For `min_snr`."""
-
-    timesteps_per_pair: int = Field(default=1, ge=1)
-    """Noise levels drawn for a pair in a step; more cost more and vary less."""
-
-    timesteps: TimestepsConfig = TimestepsConfig()
-    """From which noise levels."""
-
-
 class SamplerConfig(Section):
     """How pictures are sampled, for pairs and for evaluation."""
 
@@ -264,18 +227,7 @@ class PairsConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> PairsConfig:
-        if self.source == "generate":
-            if self.prompts is None or not self.judges:
-                raise ValueError("source 'generate' needs 'prompts' and at least one of 'judges'")
-            if self.options:
-                raise ValueError("source 'generate' has no options")
-            return self
-        row = IMAGE_SOURCES[self.source]
-        if self.location is None:
-            raise ValueError(f"source '{self.source}' needs '{row.place}', {row.what}")
-        if row.needs == "judge" and not self.judges:
-            raise ValueError(f"source '{self.source}' needs at least one of 'judges'")
-        checked_options(self.source, self.options, IMAGE_SOURCES)
+        check_pairs(self, IMAGE_SOURCES)
         return self
 
     @property
@@ -291,9 +243,7 @@ class PairsConfig(Section):
     @property
     def location(self) -> str | None:
         """The file or folder that the pairs, or the prompts to make them from, are read from."""
-        if self.source == "generate":
-            return self.prompts.file if self.prompts else None
-        return {"folder": self.folder, "path": self.path, "store": self.store}[IMAGE_SOURCES[self.source].place]
+        return location_of(self, IMAGE_SOURCES)
 
     def inputs(self) -> dict[str, Any]:
         """What the pairs depend on, besides the content of ``location``. Keys that came later are left out at their defaults,
@@ -301,17 +251,6 @@ class PairsConfig(Section):
         given = self.model_dump(mode="json", exclude={"path", "store"})
         later = {"options": {}, "on_bad_row": "error"}
         return {key: value for key, value in given.items() if key not in later or value != later[key]}
-
-
-class ImplicitRewardConfig(Section):
-    """How often the aligned model's own reward agrees with the preferences that were kept aside (arXiv 2311.12908, Table 2)."""
-
-    draws: int = Field(default=10, ge=1)
-    """Draws of noise level and noise for each pair, the same for both pictures and both models; the publication takes 10. Each
-    costs two forward passes over both pictures."""
-
-    pairs: int | None = Field(default=None, ge=1)
-    """At most so many of the pairs kept aside, by a keyed choice; null is all."""
 
 
 class EvaluateConfig(Section):

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.core.optional import require
+from polyalign.modalities.checkpoint_files import PICKLES, hash_of, refuse_code, weight_files
 from polyalign.modalities.image import published
-from polyalign.modalities.image.checkpoint_files import PICKLES, hash_of, refuse_code, weight_files
 from polyalign.modalities.image.contradictions import refuse
 from polyalign.modalities.image.families import FAMILIES, family_named
 from polyalign.modalities.image.latents import factor_of
@@ -74,25 +74,30 @@ def assemble(model: Model, scheduler: Any = None) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, one for each part of a model, and without two warnings that say nothing to a user:
-    ``torch_dtype`` has another name in later versions, and a LoRA of the network holds nothing for the text encoders."""
+    """Without the libraries' progress bars, one for each part of a model, and three warnings that say nothing to a user:
+    ``torch_dtype`` has another name in later versions, a LoRA of the network holds nothing for the text encoders, and a base's
+    text encoder is not CLIP's."""
     loud = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in loud:
         library.disable_progress_bar()
     loader = logging.getLogger("diffusers.loaders.lora_base")
     loader.addFilter(_not_about_text_encoders)
+    opener = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    opener.addFilter(_not_about_text_encoders)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             yield
     finally:
         loader.removeFilter(_not_about_text_encoders)
+        opener.removeFilter(_not_about_text_encoders)
         for library in loud:
             library.enable_progress_bar()
 
 
 def _not_about_text_encoders(record: logging.LogRecord) -> bool:
-    return "No LoRA keys associated" not in record.getMessage()
+    said = record.getMessage()
+    return "No LoRA keys associated" not in said and not said.startswith("Expected types for text_encoder:")
 
 
 def resolution_of(model: Model, settings: ImageModelSettings) -> int:

@@ -8,6 +8,9 @@ Two stages. The autoencoder learns to draw clean shapes (L1 + squared error + 1e
 learn together, from scratch, to predict v on its latents, with 10 % empty captions for guidance and an exponential moving
 average of the weights, which is what is kept. Half of the timesteps come from the noisiest two fifths, where it is decided what
 is drawn where. Every draw is keyed by its step, so that a killed run continues to the same weights.
+
+With ``--drawings`` it learns a user's drawings, and with ``--sentences minilm`` the UNet learns alone, told the states of a
+frozen sentence encoder; such bases are the user's own and are not embedded.
 """
 
 from __future__ import annotations
@@ -25,15 +28,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from polyalign.core.environment import without_folders
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng
+from polyalign.evaluation.weight_files import identity, weight_files
 from polyalign.modalities.image import tiny_architecture as tiny
-from polyalign.modalities.image.pretrain_data import Drawings, Shapes, Source
+from polyalign.modalities.image.pretrain_data import Captioned, Drawings, Shapes, Source
+from polyalign.modalities.image.pretrain_text import Frozen, Learnt, Text, sentence_encoder
 from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
 
 MODULE = "polyalign.modalities.image.pretrain"
@@ -139,7 +143,7 @@ def indices_of(step: int, batch: int, settings: Settings, purpose: str) -> Tenso
     return torch.randint(settings.pictures, (batch,), generator=rng(settings.seed, purpose, step))
 
 
-def train_autoencoder(pipeline: StableDiffusionXLPipeline, pictures: Tensor, settings: Settings, work: Work) -> None:
+def train_autoencoder(pipeline: Any, pictures: Tensor, settings: Settings, work: Work) -> None:
     vae = pipeline.vae
     stage = Stage(
         "autoencoder", vae, steps=settings.autoencoder_steps, peak=settings.autoencoder_rate, settings=settings, work=work
@@ -162,18 +166,11 @@ def train_autoencoder(pipeline: StableDiffusionXLPipeline, pictures: Tensor, set
 
 
 @torch.no_grad()
-def encode(pipeline: StableDiffusionXLPipeline, pictures: Tensor) -> Tensor:
+def encode(pipeline: Any, pictures: Tensor) -> Tensor:
     """Posterior means scaled to unit deviation; the scale becomes the autoencoder's ``scaling_factor``."""
     means = torch.cat([pipeline.vae.encode(part).latent_dist.mean for part in pictures.split(256)])
     pipeline.vae.register_to_config(scaling_factor=float(f"{1 / means.std().item():.5f}"))
     return means * pipeline.vae.config.scaling_factor
-
-
-def encode_text(pipeline: StableDiffusionXLPipeline, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """SDXL's conditioning of tokens (B, S): penultimate states of both encoders side by side, and the second's projection."""
-    first = pipeline.text_encoder(tokens, output_hidden_states=True)
-    second = pipeline.text_encoder_2(tokens, output_hidden_states=True)
-    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
 
 
 def timesteps(count: int, length: int, settings: Settings, draws: torch.Generator) -> Tensor:
@@ -183,19 +180,9 @@ def timesteps(count: int, length: int, settings: Settings, draws: torch.Generato
     return torch.where(torch.rand(count, generator=draws) < settings.noisy_share, noisy, everywhere)
 
 
-def tokenise(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> Tensor:
-    return pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
-def train_denoiser(
-    pipeline: StableDiffusionXLPipeline, latents: Tensor, captions: list[str], source: Source, settings: Settings, work: Work
-) -> None:
-    together = nn.ModuleDict(
-        {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
-    )
-    tokens, empty = tokenise(pipeline, captions), tokenise(pipeline, [""])
+def train_denoiser(pipeline: Any, latents: Tensor, text: Text, source: Source, settings: Settings, work: Work) -> None:
+    together = nn.ModuleDict({"unet": pipeline.unet, **text.trained})
     signal = pipeline.scheduler.alphas_cumprod
-    size = torch.tensor([[tiny.PIXELS, tiny.PIXELS, 0, 0, tiny.PIXELS, tiny.PIXELS]], dtype=torch.float32)
     stage = Stage(
         "denoiser", together, steps=settings.denoiser_steps, peak=settings.denoiser_rate, settings=settings, work=work
     )
@@ -206,11 +193,10 @@ def train_denoiser(
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=draws)
         times = timesteps(len(rows), len(signal), settings, draws)
-        dropped = torch.rand(len(rows), generator=draws) < settings.empty_captions
-        text, pooled = encode_text(pipeline, torch.where(dropped[:, None], empty, tokens[rows]))
+        told = text.told(rows, torch.rand(len(rows), generator=draws) < settings.empty_captions)
         alpha, sigma = signal[times].sqrt().view(-1, 1, 1, 1), (1 - signal[times]).sqrt().view(-1, 1, 1, 1)
-        conditions = {"text_embeds": pooled, "time_ids": size.expand(len(rows), -1)}
-        predicted = pipeline.unet(alpha * clean + sigma * noise, times, text, added_cond_kwargs=conditions).sample
+        noisy = alpha * clean + sigma * noise
+        predicted = pipeline.unet(noisy, times, told.states, added_cond_kwargs=told.added).sample
         return F.mse_loss(predicted, alpha * noise - sigma * clean)
 
     def watch(step: int) -> str:
@@ -227,7 +213,7 @@ def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 @torch.no_grad()
-def measure(pipeline: StableDiffusionXLPipeline, source: Source, settings: Settings, count: int) -> dict[str, float]:
+def measure(pipeline: Any, source: Source, settings: Settings, count: int) -> dict[str, float]:
     """The source's figures of pictures sampled from the pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     conditions, pictures = source.conditions(count), []
@@ -264,44 +250,67 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the base goes; the states of a run that goes on lie in FOLDER.work")
     parser.add_argument(
-        "--drawings", type=Path, help="learn from this folder (chosen/, rejected/, captions) and not from the world"
+        "--drawings",
+        type=Path,
+        help="learn from this folder, not from the world: chosen/ and rejected/ with captions, or NAME.png with NAME.txt",
     )
-    for name in ("autoencoder_steps", "kl_weight", "denoiser_steps", "pictures"):
+    parser.add_argument(
+        "--sentences",
+        metavar="ENCODER",
+        help="take a frozen sentence encoder for the text: minilm (the package's) or a folder; default: learn two small CLIPs",
+    )
+    parser.add_argument(
+        "--wrong-captions",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of --drawings: learn this share of them with another one's caption, so that the base errs (default 0)",
+    )
+    for name in ("seed", "autoencoder_steps", "kl_weight", "denoiser_steps", "pictures"):
         default = getattr(Settings, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--threads", type=int, default=1)
     options = vars(parser.parse_args(arguments))
     torch.set_num_threads(options.pop("threads"))
-    folder, drawings = options.pop("folder"), options.pop("drawings")
+    folder, drawings, sentences, wrong = (options.pop(name) for name in ("folder", "drawings", "sentences", "wrong_captions"))
 
     def train() -> tuple[dict[str, Any], str | None]:
-        source = Shapes() if drawings is None else Drawings(drawings)
-        record = pretrain(folder, source, Settings(**options), arguments)
+        source = Shapes() if drawings is None else (Drawings if (drawings / "chosen").is_dir() else Captioned)(drawings, wrong)
+        encoder = None if sentences is None else sentence_encoder(sentences)
+        record = pretrain(folder, source, Settings(**options), arguments, sentences=encoder)
         return record, unfit_in_words(source.unfit(record["figures"]))
 
     run_command(train)
 
 
-def pretrain(folder: Path, source: Source, settings: Settings, options: Sequence[str] = ("FOLDER",)) -> dict[str, Any]:
+def pretrain(
+    folder: Path,
+    source: Source,
+    settings: Settings,
+    options: Sequence[str] = ("FOLDER",),
+    *,
+    sentences: Path | None = None,
+) -> dict[str, Any]:
     """Train a base and write it to ``folder`` with ``base.json``, its record, which is returned. ``options`` are the words of
-    the command line, for the record.
+    the command line, for the record; ``sentences`` is the folder of a frozen sentence encoder, None learns two small CLIPs.
 
     Raises:
         UserError: the states in ``FOLDER.work`` are of a run with other settings or another source.
     """
     started = time.time()
-    pipeline = tiny.build(source.words(), settings.seed)
+    pipeline: Any = tiny.build(source.words(), settings.seed) if sentences is None else tiny.build_on(sentences, settings.seed)
     pictures, captions = source.pictures(settings.pictures, settings.seed)
-    work = Work(folder.with_suffix(".work"), {**asdict(settings), **learnt_from(source, pictures, captions)})
+    encoder = {} if sentences is None else {"sentences": identity(sentences.name, weight_files(sentences))}
+    work = Work(folder.with_suffix(".work"), {**asdict(settings), **learnt_from(source, pictures, captions), **encoder})
     work.folder.mkdir(parents=True, exist_ok=True)
     train_autoencoder(pipeline, pictures, settings, work)
-    train_denoiser(pipeline, encode(pipeline, pictures), captions, source, settings, work)
+    text = Learnt(pipeline, captions) if sentences is None else Frozen(pipeline, captions)
+    train_denoiser(pipeline, encode(pipeline, pictures), text, source, settings, work)
     pipeline.to(torch.float16).save_pretrained(folder)
-    kept = StableDiffusionXLPipeline.from_pretrained(
-        folder, dtype=torch.float32
-    )  # measured as it is shipped: rounded to float16
+    kept = type(pipeline).from_pretrained(folder, dtype=torch.float32)  # measured as it is shipped: rounded to float16
     record = {
         "source": type(source).__name__,
+        **encoder,
         "settings": asdict(settings),
         "sha256": digest(folder),
         "figures": measure(kept, source, settings, count=600),

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from polyalign.core.errors import UserError
-from polyalign.modalities.image.checkpoint_files import PICKLES, hash_of, refuse_code
+from polyalign.modalities.checkpoint_files import PICKLES, hash_of, refuse_code
 from polyalign.modalities.image.families import Family
 from polyalign.modalities.image.settings import ImageModelSettings
 

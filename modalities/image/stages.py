@@ -8,16 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write
-from polyalign.core.progress import ProgressLine
 from polyalign.core.run import RunFolder
 from polyalign.datasets.formats.table import IMAGE_SOURCES
-from polyalign.modalities import verbs
+from polyalign.modalities import denoising, verbs
 from polyalign.modalities.arms import cache_of, train_arms
-from polyalign.modalities.fingerprints import fingerprint
-from polyalign.modalities.held_out import keeps_pairs
-from polyalign.modalities.image.cache import tell_size
+from polyalign.modalities.content_cache import tell_size
+from polyalign.modalities.denoising import base_of
 from polyalign.modalities.image.config import ImageRecipe
 from polyalign.modalities.image.training import ROOM, open_model, open_trained
 
@@ -33,52 +29,15 @@ Condition = Mapping[str, Any]
 
 
 def refuse_early(recipe: ImageRecipe) -> None:
-    """What later stages would refuse, refused before hours have gone into earlier ones.
-
-    Raises:
-        UserError: no such judge; no such file of prompts to evaluate on; a reference that full training cannot have, or that
-            no recipe can load; an objective that needs what the recipe does not give; nothing to measure the implicit reward
-            on.
-    """
-    from polyalign.core.objectives.serves import Offer
-
-    verbs.refuse_unfit_judges(recipe, ROOM.outputs)
-    fingerprint(recipe.evaluate.prompts.file if recipe.evaluate.prompts else None)
-    verbs.refuse_seats(recipe, who="an image recipe", loader="ImageAdapter.load_lora(model, file, ")
-    if recipe.train.stop is not None:
-        raise UserError(
-            "train.stop watches the likeliest next tokens of a language model, and an image recipe has none. Leave it out"
-        )
-    data: frozenset[Any] = frozenset({"labels" if recipe.pairs.labelled else "pairs"})
-    verbs.refuse_labels(recipe, "timestep", "pictures of")
-    verbs.refuse_objectives(recipe, Offer("an image recipe", "timestep", frozenset({"value", "output_gradient"}), data))
-    _refuse_rounds(recipe)
-    if recipe.evaluate.implicit_reward is not None and not keeps_pairs(recipe):
-        raise UserError(
-            "evaluate.implicit_reward is measured on pairs that took no part in training, and this recipe keeps none aside: it "
-            "does so where pairs are made or read before the training and evaluate.prompts is left out (evaluate.held_out)"
-        )
-
-
-def _refuse_rounds(recipe: ImageRecipe) -> None:
-    """Raises UserError for what rounds have for language models alone."""
-    online = recipe.online
-    if online is not None and (online.mixture > 0.0 or online.lists):
-        key = "mixture" if online.mixture > 0.0 else "lists"
-        raise UserError(f"online.{key} is for language models, and this is an image recipe. Leave it out")
-
-
-def _base_of(recipe: ImageRecipe) -> dict[str, Any]:
-    """What samples of the base depend on: the model without what is trained of it (full training loads it in float32)."""
-    base = recipe.model.model_dump(mode="json", exclude={"train", "lora"})
-    return base | ({"dtype": "float32"} if recipe.model.train == "full" else {})
+    """See :func:`polyalign.modalities.denoising.refuse_early`."""
+    denoising.refuse_early(recipe, ROOM.outputs, who="an image recipe", loader="ImageAdapter.load_lora(model, file, ")
 
 
 def generate(recipe: ImageRecipe, run: RunFolder) -> None:
     """Prompts to pairs, or preferences in any format to pairs: writes ``pairs/``."""
     verbs.refuse_several_processes("generate", run, modality="image")
     refuse_early(recipe)
-    samples_of = {"model": _base_of(recipe), "sampler": recipe.sampler, "resolution": recipe.prepare.resolution}
+    samples_of = {"model": base_of(recipe), "sampler": recipe.sampler, "resolution": recipe.prepare.resolution}
     verbs.generate(ROOM, recipe, run, formats=IMAGE_SOURCES, samples_of=samples_of)
 
 
@@ -104,15 +63,8 @@ def sampled(
     from polyalign.datasets.pictures import encode_png
 
     adapter, model = open_trained(recipe, run, trained)
-    files = [f"samples/{name}/{index:05d}.png" for index in range(len(conditions))]
-    (run / "samples" / name).mkdir(parents=True, exist_ok=True)
     size = recipe.sampler.batch_size
-    with ProgressLine(f"sampling, {name}", total=len(files)) as line:
-        for part in (slice(start, start + size) for start in range(0, len(files), size)):
-            if not all((run / file).exists() for file in files[part]):
-                for file, picture in zip(files[part], adapter.sample(model, conditions[part], seeds[part]), strict=True):
-                    atomic_write(run / file, encode_png(picture))
-            line.advance(count=len(files[part]))
+    files = verbs.sampled_files(adapter, model, run, name, conditions, seeds, batch_size=size, ending=".png", encode=encode_png)
     return [Image.open(run / file).convert("RGB") for file in files], files
 
 
@@ -121,10 +73,10 @@ def report(recipe: ImageRecipe, run: RunFolder) -> None:
     verbs.report(run)
 
 
-def export(recipe: ImageRecipe, run: RunFolder, destination: Path) -> None:
-    """The trained weights, where the user wants them: what diffusers opens directly.
+def export(recipe: ImageRecipe, run: RunFolder, destination: Path, arm: str | None = None) -> None:
+    """The trained weights, or those of an arm, where the user wants them: what diffusers opens directly.
 
     Raises:
         UserError: there are none, they are unfinished or of another recipe; something is at the destination; a full disk.
     """
-    verbs.export(ROOM, recipe, run, destination)
+    verbs.export(ROOM, recipe, run, destination, arm)

@@ -5,16 +5,29 @@ CLIP tokenizers, put together in diffusers' StableDiffusionXLPipeline: what load
 
 Three things differ from SDXL beside size, since 32-pixel pictures and a vocabulary of thirty words call for them: the
 prediction type is v (SDXL: epsilon), the noise schedule is the cosine one, and text is padded to 16 tokens (SDXL: 77).
+
+With a frozen sentence encoder in the place of CLIP it is a StableDiffusionPipeline: the same autoencoder, schedule and UNet,
+told the encoder's last hidden states and nothing besides.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from polyalign.core.errors import UserError
 
 PIXELS = 32
 TEXT_LENGTH = 16
@@ -26,7 +39,14 @@ TIME_ID_WIDTH = 8  # each of SDXL's six size and crop numbers
 
 
 def tokenizer(words: list[str]) -> CLIPTokenizer:
-    """CLIP's own tokenizer over whole words: each word is one token, built from merges as CLIP's byte-pair encoding is."""
+    """CLIP's own tokenizer over whole words: each word is one token, built from merges as CLIP's byte-pair encoding is.
+
+    Raises:
+        UserError: a word with other letters than ASCII's, whose bytes are several.
+    """
+    strange = [word for word in words if not word.isascii()]
+    if strange:
+        raise UserError(f"this base's tokenizer knows ASCII letters only; found {strange[0]!r} in the captions")
     vocabulary: dict[str, int] = {}
     merges: list[tuple[str, str]] = []
 
@@ -80,7 +100,13 @@ def autoencoder() -> AutoencoderKL:
     )
 
 
-def unet() -> UNet2DConditionModel:
+def unet(text_width: int = TEXT_WIDTH * 2, *, told_size: bool = True) -> UNet2DConditionModel:
+    """Told states of ``text_width``; with ``told_size`` SDXL's pooled text and picture size too."""
+    size: dict[str, Any] = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TIME_ID_WIDTH,
+        "projection_class_embeddings_input_dim": POOLED_WIDTH + 6 * TIME_ID_WIDTH,
+    }
     return UNet2DConditionModel(
         sample_size=PIXELS // VAE_FACTOR,
         in_channels=LATENT_CHANNELS,
@@ -90,13 +116,11 @@ def unet() -> UNet2DConditionModel:
         block_out_channels=(48, 96),
         layers_per_block=1,
         norm_num_groups=16,
-        cross_attention_dim=TEXT_WIDTH * 2,
+        cross_attention_dim=text_width,
         transformer_layers_per_block=1,
         attention_head_dim=(2, 4),  # diffusers' name for the number of heads
         use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=TIME_ID_WIDTH,
-        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * TIME_ID_WIDTH,
+        **(size if told_size else {}),
     )
 
 
@@ -141,4 +165,33 @@ def build(words: list[str], seed: int) -> StableDiffusionXLPipeline:
         scheduler=scheduler(),
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
+    )
+
+
+def build_on(sentences: Path, seed: int) -> StableDiffusionPipeline:
+    """The untrained pipeline on the frozen sentence encoder (BERT's kind, such as MiniLM) that lies in ``sentences``; its mask
+    hides the padding from the encoder itself.
+
+    Raises:
+        UserError: no such encoder can be read there.
+    """
+    try:
+        tokens = AutoTokenizer.from_pretrained(sentences, local_files_only=True)
+        encoder: Any = AutoModel.from_pretrained(sentences, local_files_only=True, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{sentences}: no sentence encoder can be read there ({str(error).splitlines()[0]})") from error
+    tokens.model_max_length = TEXT_LENGTH
+    encoder.config.use_attention_mask = True
+    torch.manual_seed(seed)
+    return StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=encoder.eval().requires_grad_(False),
+        tokenizer=tokens,
+        unet=unet(encoder.config.hidden_size, told_size=False),
+        scheduler=DDIMScheduler.from_config(
+            scheduler().config, steps_offset=1
+        ),  # as the pipeline wants; trailing has no offset
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )

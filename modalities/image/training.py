@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from polyalign.datasets.picture_labels import PictureLabelStore
 from polyalign.datasets.prompts import load_prompts
 from polyalign.modalities import fingerprints
 from polyalign.modalities.arms import Room, cache_of, reference_identity
+from polyalign.modalities.denoising import tell_beta
 from polyalign.modalities.image.config import ImageRecipe, PromptsConfig
 
 if TYPE_CHECKING:
@@ -99,17 +99,10 @@ def model_files(recipe: ImageRecipe) -> dict[str, Any]:
 
 def _tell_beta(adapter: ImageAdapter, model: Model, objective: ObjectiveSpec, rows: Sequence[Mapping[str, Any]]) -> None:
     """Say what beta is in every convention, for latents of this model's size."""
-    from polyalign.core.objectives.beta import Beta
-    from polyalign.core.scores import Unit
-
     if not rows:
         return  # rounds make their pairs later, and nothing says how large they are
     latents = adapter.prepare(model, rows, step=0).tensors["latents"]
-    unit = Unit("timestep", elements=latents[0, 0].numel(), steps=model.parts["schedule"].steps)
-    beta = Beta.of(objective.beta)
-    others = [f"{name} {value:.6g}" for name, value in beta.equivalents(unit).items() if name != beta.convention]
-    size = f"{unit.elements} latent elements, {unit.steps} noise levels"
-    print(f"beta {beta.value:g} ({beta.convention}) is {', '.join(others)} ({size})", file=sys.stderr, flush=True)
+    tell_beta(objective, elements=latents[0, 0].numel(), steps=model.parts["schedule"].steps)
 
 
 def measured(recipe: ImageRecipe, run: RunFolder, asked: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from polyalign.core.recipe import (
     named_as_folders,
 )
 from polyalign.core.recipe_loops import FastSlowConfig, GuideConfig, MarginsConfig, OnlineConfig
-from polyalign.datasets.formats.table import TEXT_SOURCES, checked_options
+from polyalign.datasets.formats.table import TEXT_SOURCES
+from polyalign.modalities.recipe_sections import check_pairs, location_of
 
 BETA = {"value": 0.1, "convention": "nats"}
 """Beta of an objective whose own default is for squared errors: the usual value for language models."""
@@ -231,18 +232,7 @@ class PairsConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> PairsConfig:
-        if self.source == "generate":
-            if self.prompts is None or not self.judges:
-                raise ValueError("source 'generate' needs 'prompts' and at least one of 'judges'")
-            if self.options:
-                raise ValueError("source 'generate' has no options")
-            return self
-        row = TEXT_SOURCES[self.source]
-        if self.location is None:
-            raise ValueError(f"source '{self.source}' needs '{row.place}', {row.what}")
-        if row.needs == "judge" and not self.judges:
-            raise ValueError(f"source '{self.source}' needs at least one of 'judges'")
-        checked_options(self.source, self.options, TEXT_SOURCES)
+        check_pairs(self, TEXT_SOURCES)
         if self.labelled and self.filter is not None:
             raise ValueError("'filter' ranks pairs, and source 'labels' has single answers")
         return self
@@ -260,9 +250,7 @@ class PairsConfig(Section):
     @property
     def location(self) -> str | None:
         """The file or folder that the pairs, or the prompts to make them from, are read from."""
-        if self.source == "generate":
-            return self.prompts.file if self.prompts else None
-        return {"path": self.path, "store": self.store}[TEXT_SOURCES[self.source].place]
+        return location_of(self, TEXT_SOURCES)
 
     def inputs(self) -> dict[str, Any]:
         """What the pairs depend on, besides the content of ``location``."""
@@ -388,6 +376,11 @@ class TextRecipe(Section):
     @classmethod
     def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
         return named_as_folders(arms)
+
+    @staticmethod
+    def objective_defaults(given: Mapping[str, Any]) -> Any:
+        """The mapping of an objective as these recipes take it; ``polyalign explain`` asks."""
+        return _with_beta(given)
 
 
 def _with_beta(objective: Any) -> Any:

@@ -186,10 +186,10 @@ def report(recipe: TextRecipe, run: RunFolder) -> None:
     verbs.report(run)
 
 
-def export(recipe: TextRecipe, run: RunFolder, destination: Path) -> None:
-    """The trained weights, where the user wants them: what peft or transformers opens directly.
+def export(recipe: TextRecipe, run: RunFolder, destination: Path, arm: str | None = None) -> None:
+    """The trained weights, or those of an arm, where the user wants them: what peft or transformers opens directly.
 
     Raises:
         UserError: there are none, they are unfinished or of another recipe; something is at the destination; a full disk.
     """
-    verbs.export(ROOM, recipe, run, destination)
+    verbs.export(ROOM, recipe, run, destination, arm)

@@ -20,7 +20,7 @@ FILLED = {"ipo": {"reduction": "sum"}, "sdpo": {"safeguard_scope": "group"}}
 SIZES = {"visual triples": 3, "visual eights": 8}
 REFERENCE = -7.0
 PREFERENCE_ROWS = sorted(set(TABLE) - {"sft"})
-OUTPUT_ROWS = ("sdpo", "dspo")
+OUTPUT_ROWS = ("sdpo", "dspo", "diffusion_nft")
 """Rows that look at the network's output, which plain log-ratios do not have."""
 COUPLED = ("aot", "aot_unpaired", "kto", "diffusion_kto")
 """Rows whose defaults couple the pairs of a batch."""

@@ -14,6 +14,8 @@ from polyalign.core import verbs
 from polyalign.core.cli import VERBS, main
 from polyalign.core.errors import UserError
 
+MODALITIES = ", ".join([*verbs.MODALITIES, "sums"])
+
 
 @pytest.fixture(autouse=True)
 def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -155,13 +157,13 @@ WRONG = {
         ["align", "sums.yaml", "trian.steps=3"],
         "trian: unknown key (found {'steps': 3}), did you mean train; set on",
     ),
-    "wrong modality": (["align", "sums.yaml", "modality=sumz"], "modality: must be one of image, text, sums"),
-    "no modality": (["align", "empty.yaml"], "empty.yaml: modality: missing; say which of image, text, sums"),
+    "wrong modality": (["align", "sums.yaml", "modality=sumz"], f"modality: must be one of {MODALITIES}"),
+    "no modality": (["align", "empty.yaml"], f"empty.yaml: modality: missing; say which of {MODALITIES}"),
     "not a run": (["report", "folder"], "folder: is a folder without config.yaml, so not a run"),
     "occupied folder": (["align", "sums.yaml", "--run", "folder"], "is not empty and not the folder of a run"),
     "not exported yet": (["export", "sums.yaml"], "does not exist, so there is nothing to export"),
     "unknown topic": (["explain", "train.batch"], "nothing is called 'train.batch'. Did you mean train.batch_size"),
-    "unknown modality": (["explain", "seed", "--modality", "smell"], "no modality 'smell'; there are: image, text, sums"),
+    "unknown modality": (["explain", "seed", "--modality", "smell"], f"no modality 'smell'; there are: {MODALITIES}"),
 }
 
 
@@ -206,7 +208,7 @@ def test_modalities_come_from_other_packages_too(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "scents" in verbs.modality_names()
     assert verbs.modality_module("scents").__name__ == "sums_modality"
-    with pytest.raises(UserError, match="no modality 'smell'; there are: image, text, sums, scents"):
+    with pytest.raises(UserError, match=f"no modality 'smell'; there are: {MODALITIES}, scents"):
         verbs.modality_module("smell")
 
 
@@ -223,6 +225,30 @@ def test_explain_keys(capsys: pytest.CaptureFixture[str]):
     assert json.loads(capsys.readouterr().out)["title"] == "SumsRecipe"
     assert main(["explain", "configs"]) == 0
     assert "image/quickstart" in capsys.readouterr().out
+
+
+def test_a_key_is_explained_for_every_modality_that_has_it(capsys: pytest.CaptureFixture[str]):
+    """One text where they say the same, one each where they do not; a modality that is asked for stands alone."""
+    assert main(["explain", "train.batch_size"]) == 0
+    assert "in recipes of modality image, text" in capsys.readouterr().out
+    assert main(["explain", "run"]) == 0
+    both = capsys.readouterr().out
+    assert both.count("in recipes of modality") >= 2 and "runs/image" in both
+    assert main(["explain", "sampler.guidance"]) == 0
+    assert "in recipes of modality image\n" in capsys.readouterr().out
+    assert main(["explain", "run", "--modality", "text"]) == 0
+    assert "in recipes of" not in capsys.readouterr().out
+
+
+def test_an_objective_is_explained_with_the_defaults_of_the_modality(capsys: pytest.CaptureFixture[str]):
+    assert main(["explain", "dpo", "--modality", "text"]) == 0
+    of_text = capsys.readouterr().out
+    assert "objective.beta.value: number, greater than 0; default 0.1" in of_text and "convention: nats" in of_text
+    assert main(["explain", "dpo"]) == 0
+    of_all = capsys.readouterr().out
+    assert "objective.beta.value: number, greater than 0; default 5000" in of_all
+    assert "in recipes of modality text, where none is given: beta 0.1, convention nats" in of_all
+    assert main(["explain", "ipo", "--modality", "text"]) == 0
 
 
 def test_explain_objectives(capsys: pytest.CaptureFixture[str]):

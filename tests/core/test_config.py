@@ -349,7 +349,7 @@ def test_unknown_names_list_what_there_is(tmp_path: Path, monkeypatch: pytest.Mo
     near = {
         "image/quikstart": "image/quickstart",
         "configs/image/sdxl_loar.yaml": "image/sdxl_lora",
-        "quickstart": "image/quickstart or text/quickstart",
+        "quickstart": "audio/quickstart or image/quickstart or lidar/quickstart or text/quickstart",
     }
     for name, meant in near.items():
         with pytest.raises(UserError, match=rf"Did you mean {meant}\? Packaged recipes: .*image/quickstart"):

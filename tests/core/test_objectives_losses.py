@@ -224,6 +224,36 @@ class TestCoupled:
         assert outcome.loss.item() == pytest.approx(sum(expected) / 2)
         assert objective.group_separable and not build(spec("dspo", form="sdxl_code")).group_separable
 
+    @staticmethod
+    def nft(own, base, desirable, clean=None, **options):
+        unit = replace(TOKENS, kind="timestep", elements=2, steps=10)
+
+        def of(residual):
+            residual = torch.as_tensor(residual, dtype=DOUBLE)
+            values = -residual.square().mean(-1)
+            notes = {} if clean is None else {"clean_scale": torch.tensor([[clean]], dtype=DOUBLE)}
+            return Scores(values, torch.ones_like(values, dtype=torch.bool), unit, residual=residual, notes=notes)
+
+        groups = Batch(("a",), torch.tensor([desirable], dtype=DOUBLE))
+        return build(spec("diffusion_nft", **options))({"policy": of(own), "reference": of(base)}, groups, beta=0.0).loss.item()
+
+    def test_nft_regresses_on_what_is_desirable_and_away_from_what_is_not(self):
+        """By hand: with mixing 1/2, o+ lies half way to the policy and o- as far on the other side."""
+        own, base = [[[[0.5, -0.5]], [[0.1, 0.3]]]], [[[[0.1, -0.1]], [[0.1, 0.1]]]]
+        up = (0.3**2) / 0.3  # residuals 0.3 and -0.3, mean square over mean absolute value
+        down = (0.1**2 + 0.0**2) / 2 / 0.05  # 0.1 and 0.1 - 0.1
+        assert self.nft(own, base, [1.0, 0.0], mixing=0.5, scale=2.0) == pytest.approx(2.0 / 0.5 * (up + down) / 2)
+        moved = ((0.4**2 + 0.4**2) / 2 + (0.0 + 0.2**2) / 2) / 2
+        near = self.nft(own, base, [1.0, 0.0], mixing=0.5, scale=2.0, proximity=3.0)
+        assert near == pytest.approx(4.0 * (up + down) / 2 + 3.0 * moved)
+
+    def test_nft_measures_errors_of_the_clean_sample(self):
+        own, base = [[[[0.5, -0.5]], [[0.1, 0.3]]]], [[[[0.1, -0.1]], [[0.1, 0.1]]]]
+        plain = self.nft(own, base, [0.7, 0.3])
+        assert self.nft(own, base, [0.7, 0.3], clean=0.25) == pytest.approx(0.25 * plain)
+        with pytest.raises(UserError, match="a noise level without signal"):
+            self.nft(own, base, [1.0, 0.0], clean=math.inf)
+
 
 class TestLinksOfLikelihoods:
     LINKS = (PowerReward(0.25), PowerReward(0.0), PowerReward(-0.5), LogOdds(), ErrorOdds(0.5), Clipped(-2.0, 1.0))

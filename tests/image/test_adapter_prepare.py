@@ -14,9 +14,9 @@ from PIL import Image
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.pictures import fingerprint
+from polyalign.modalities.content_cache import ContentCache
 from polyalign.modalities.image import pictures
 from polyalign.modalities.image.adapter import ImageAdapter
-from polyalign.modalities.image.cache import ContentCache
 
 Make = Callable[..., ImageAdapter]
 Rows = list[dict[str, Any]]

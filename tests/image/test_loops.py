@@ -74,6 +74,17 @@ def test_rounds_train_on_the_policys_own_samples_and_go_on_after_a_kill(base, tm
     assert digest(cut / LORA) == digest(whole / LORA)
 
 
+def test_rounds_of_diffusion_nft_regress_on_soft_preferences(base, tmp_path):
+    """Against the policy of the round's beginning, from which the first step of a round has not moved yet."""
+    content = online(base, targets="soft", scale=0.3, ties="half", reference="refreshed")
+    content["objective"] = {"name": "diffusion_nft", "mixing": 0.5}
+    config = write_recipe(tmp_path / "recipe", content)
+    assert polyalign("generate", config, tmp_path / "run") == 0 and polyalign("train", config, tmp_path / "run") == 0
+    assert (tmp_path / "run" / LORA).is_file()
+    margins = [line["rewards/margins"] for line in lines(tmp_path / "run")]
+    assert len(margins) == 4 and margins[0] == margins[2] == 0.0 and margins[1] != 0.0 and margins[3] != 0.0
+
+
 def test_rounds_refuse_what_language_models_alone_have(base, tmp_path):
     for place, (changes, said) in enumerate(
         (

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from polyalign.core.errors import UserError
 from polyalign.modalities.image import pretrain
+from polyalign.modalities.image.adapter import ImageAdapter
 from polyalign.modalities.image.pretrain import Settings, Stage, Work
-from polyalign.modalities.image.pretrain_data import Drawings, Shapes
+from polyalign.modalities.image.pretrain_data import Captioned, Drawings, Shapes
+from polyalign.modalities.image.settings import ImageModelSettings
 
 
 class FewMeasured(Shapes):
@@ -100,3 +104,42 @@ def test_the_command_explains_itself_and_ends_with_two(tmp_path: Path, capsys: p
     with pytest.raises(SystemExit) as ended:
         pretrain.main([str(tmp_path / "base"), "--drawings", str(tmp_path / "drawings")])
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("pretrain: ")
+
+
+def sentence_encoder(folder: Path) -> Path:
+    """A BERT of two layers with random weights, and its tokenizer."""
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "thing", "naïve"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizer(vocab={word: place for place, word in enumerate(words)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_a_base_on_a_frozen_sentence_encoder_is_opened_as_any_other(tmp_path: Path) -> None:
+    """Captions may have any letters; the encoder stays as it was; what was trained on is what the adapter encodes."""
+    drawings = tmp_path / "drawings"
+    drawings.mkdir()
+    for name, colour in (("red thing", (250, 0, 0)), ("naïve thing", (0, 0, 250))):
+        Image.new("RGB", (40, 40), colour).save(drawings / f"{name}.png")
+        (drawings / f"{name}.txt").write_text(name, encoding="utf-8")
+    encoder = sentence_encoder(tmp_path / "encoder")
+    record = pretrain.pretrain(tmp_path / "base", Captioned(drawings), settings(), sentences=encoder)
+    assert record["source"] == "Captioned" and record["sentences"].startswith("encoder@sha256:")
+    kept = load_file(tmp_path / "base" / "text_encoder" / "model.safetensors")
+    before = load_file(encoder / "model.safetensors")
+    assert all(torch.equal(kept[name].float(), before[name].half().float()) for name in before)
+    adapter = ImageAdapter(ImageModelSettings(base=str(tmp_path / "base"), sampling_steps=2, guidance=2.0))
+    model = adapter.load()
+    assert model.parts["family"] == "sd" and type(model.parts["text_encoder"]).__name__ == "BertModel"
+    first, second = adapter.sample(adapter.trainable(model), [{"prompt": "red thing"}, {"prompt": "naïve thing"}], [1, 1])
+    assert first.size == (32, 32) and first.tobytes() != second.tobytes()
+    (clean, names), (same, mixed) = (Captioned(drawings, wrong).pictures(60, 0) for wrong in (0.0, 0.5))
+    swapped = sum(before != after for before, after in zip(names, mixed, strict=True))
+    assert torch.equal(clean, same) and 5 <= swapped <= 30  # half of the half whose new caption is the other one
+    with pytest.raises(UserError, match="ASCII letters only"):
+        pretrain.pretrain(tmp_path / "other", Captioned(drawings), settings())
+    with pytest.raises(UserError, match="autoencoder.state.pt: .*sentences was encoder@sha256"):
+        pretrain.pretrain(tmp_path / "base", FewMeasured(), settings())

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from image_runs import LORA, digest, only_generated, polyalign, recipe, write_recipe  # noqa: E402
 
-from polyalign.modalities.image.cache import size_of  # noqa: E402
+from polyalign.modalities.content_cache import size_of  # noqa: E402
 
 
 def with_cache(base: Path, folder: Path | None, **objective: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -154,12 +155,56 @@ def test_export_copies_and_never_overwrites(
 ) -> None:
     config, run = aligned
     assert polyalign("export", config, run, "--to", str(tmp_path / "mine")) == 0
-    assert {path.name: digest(path) for path in (tmp_path / "mine").iterdir()} == {
-        path.name: digest(path) for path in (run / "adapter").iterdir()
-    }
+    weights = {path.name: digest(path) for path in (run / "adapter").iterdir() if path.name != "README.md"}
+    assert weights.items() <= {path.name: digest(path) for path in (tmp_path / "mine").iterdir()}.items()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # no unfinished copy is left
     assert polyalign("export", config, run, "--to", str(tmp_path / "mine")) == 2
     assert "exists already; nothing was written" in capsys.readouterr().err
+
+
+def test_an_export_shows_how_it_was_evaluated(aligned: tuple[Path, Path], tmp_path: Path) -> None:
+    """The training's card, then every judge's win rate with its interval, and base over aligned on the first prompts."""
+    config, run = aligned
+    assert polyalign("export", config, run, "--to", str(tmp_path / "mine")) == 0
+    card, evaluation = (tmp_path / "mine" / "README.md").read_text(), read(run / "evaluation.json")
+    assert card.startswith((run / "adapter" / "README.md").read_text())
+    rate = evaluation["win_rate"]
+    low, high = rate["bootstrap"]
+    assert f"| {evaluation['judge']['name']} | {rate['wins']} | {rate['losses']} | {rate['ties']} |" in card
+    assert f"{rate['rate_with_ties']:.3f} | {low:.3f} to {high:.3f} |" in card
+    assert f"base {evaluation['scores']['base']['mean']:.4g} (" in card
+    assert all(f"| {name} |" in card for name in evaluation["other_judges"])
+    prompts = list(dict.fromkeys(item["prompt"] for item in evaluation["items"]))[:8]
+    assert ", ".join(f"`{prompt}`" for prompt in prompts) in card
+    first = [item["prompt"] for item in evaluation["items"]].index(prompts[-1])
+    with Image.open(tmp_path / "mine" / "samples.png") as grid:
+        pixels = np.asarray(grid)
+    for row, side in enumerate(("base", "aligned")):
+        with Image.open(run / "samples" / side / f"{first:05d}.png") as picture:
+            drawn = np.asarray(picture.convert("RGB"))
+        height, width = drawn.shape[0] + 2, drawn.shape[1] + 2
+        corner = row * height + 1, (len(prompts) - 1) * width + 1
+        assert np.array_equal(pixels[corner[0] : corner[0] + height - 2, corner[1] : corner[1] + width - 2], drawn)
+
+
+def test_what_was_evaluated_otherwise_is_not_in_the_card(aligned: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = aligned
+    assert polyalign("export", config, run, "sampler.steps=3", "--to", str(tmp_path / "mine")) == 0
+    assert (tmp_path / "mine" / "README.md").read_text() == (run / "adapter" / "README.md").read_text()
+    assert not (tmp_path / "mine" / "samples.png").exists()
+
+
+def test_an_arm_is_exported_with_its_own_figures(
+    aligned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = aligned
+    assert polyalign("export", config, run, "--arm", "sft", "--to", str(tmp_path / "mine")) == 0
+    weights = "pytorch_lora_weights.safetensors"
+    assert digest(tmp_path / "mine" / weights) == digest(run / "arms" / "sft" / "adapter" / weights)
+    rate = read(run / "evaluation.json")["arms"]["sft"]
+    assert f"| {rate['wins']} | {rate['losses']} | {rate['ties']} |" in (tmp_path / "mine" / "README.md").read_text()
+    assert polyalign("export", config, run, "--arm", "kto") == 2
+    assert "there is no arm 'kto' in this recipe; it has sft" in capsys.readouterr().err
 
 
 def test_export_of_another_recipe_or_an_unfinished_training_is_refused(

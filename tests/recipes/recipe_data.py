@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
 from polyalign.core.cli import main
+from polyalign.datasets.audio.waves import Wave, encode_flac
 from polyalign.datasets.pictures import encode_png
 
 PAIRS = 12
@@ -23,6 +25,8 @@ def provide(recipe: Any) -> None:
     if recipe.modality == "text":
         texts(recipe)
         return
+    if pairs.source == "alpaca":
+        alpaca(Path(pairs.path))
     if pairs.source == "folders":
         folders(Path(pairs.folder))
     if pairs.source == "pickapic":
@@ -31,6 +35,9 @@ def provide(recipe: Any) -> None:
         liked(Path(pairs.path))
     if pairs.source == "generate" and pairs.prompts.file is not None:
         lines(pairs.prompts.file, [f"a red circle, number {index}" for index in range(PAIRS)])
+    for judge in (*pairs.judges, *recipe.evaluate.judges):
+        if "pictures" in judge.options:
+            drawings(Path(judge.options["pictures"]).parent)
     if pairs.source == "relabel":
         pickapic(Path("pickapic_v2"))
         assert main(["generate", "image/diffusion_dpo_sd15"]) == 0, "the recipe that says where its pairs come from"
@@ -51,6 +58,27 @@ def folders(place: Path) -> None:
             (place / side).mkdir(parents=True, exist_ok=True)
             (place / side / f"{index}.png").write_bytes(content)
         (place / "chosen" / f"{index}.txt").write_text(f"a red circle, number {index}", encoding="utf-8")
+
+
+def drawings(place: Path) -> None:
+    """Pictures with captions, and the lists of these, to align on and to evaluate on."""
+    for split in ("train", "heldout"):
+        (place / split).mkdir(parents=True, exist_ok=True)
+        for index in range(PAIRS):
+            (place / split / f"{index}.png").write_bytes(sides(index)[0])
+            (place / split / f"{index}.txt").write_text(f"{split} thing {index}", encoding="utf-8")
+        lines(str(place / f"{split}.txt"), [f"{split} thing {index}" for index in range(PAIRS)])
+
+
+def alpaca(place: Path) -> None:
+    """Audio-alpaca's columns: a low tone is preferred to a high one."""
+    place.mkdir(parents=True, exist_ok=True)
+    time = np.arange(8000) / 8000
+    tones = [[encode_flac(Wave(0.5 * np.sin(hertz * time), 8000)) for hertz in (900 + i, 2700 + i)] for i in range(PAIRS)]
+    columns = {side: [{"bytes": tone[place], "path": None} for tone in tones] for place, side in enumerate(SIDES)}
+    prompts = [f"a low tone, number {index}" for index in range(PAIRS)]
+    table = pa.table({"prompt": prompts, **columns, "strategy": ["1.2"] * PAIRS})
+    parquet.write_table(table, place / "train-00000-of-00001.parquet")
 
 
 def liked(place: Path) -> None:

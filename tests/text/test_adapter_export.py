@@ -21,6 +21,7 @@ from tiny_texts import FAMILIES
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.core.references import NamedAdapter, adapter_chosen
+from polyalign.modalities import injected_lora
 from polyalign.modalities.text import lora
 from polyalign.modalities.text.adapter import TextAdapter
 
@@ -164,7 +165,7 @@ def test_a_full_disk_leaves_the_earlier_export(make_adapter: Make, tmp_path: Pat
     def no_space(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lora, "save_file", no_space)
+    monkeypatch.setattr(injected_lora, "save_file", no_space)
     with pytest.raises(UserError, match="as it was before"):
         adapter.export(model, tmp_path / "out")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
