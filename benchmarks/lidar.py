@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from benchmarks import lidar_naive
 from benchmarks.lidar_convolution import compared
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.worlds import streets
@@ -47,9 +47,10 @@ TOLERANCE = 1e-6
 GOAL = 4.0
 VARIANTS = ("naive", "ours")
 GPU_VARIANTS = ("naive", "ours", "ours, bf16", "ours, spconv")
-STAGES = ("voxelise", "kernel maps", "look-ups", "encoder", "network", "solver")
+STAGES: tuple[str, ...] = ("voxelise", "kernel maps", "look-ups", "encoder", "network", "solver")
 SEED = 3
-GAIN = 2.0
+PREDICTED = 0.01
+"""Standard deviation, in metres, of what the networks answer on the scan."""
 NOISE = 0.2
 """Metres at the start. As next to nothing of it is taken away again, the solver makes a metre of it."""
 
@@ -103,16 +104,29 @@ class Stopwatch:
             yield
 
 
-def networks(width: float, device: str, dtype: torch.dtype) -> tuple[MinkUNetDiff, MinkGlobalEnc]:
-    """Random weights, larger than those of a new network, with which what goes in is lost on the way and any two outputs are
-    equal. The noise that comes out is made small again, since none of it is right."""
+def networks(width: float, scan: Tensor) -> tuple[MinkUNetDiff, MinkGlobalEnc]:
+    """Random weights for a scan (1, P, 3). Batch normalisation takes its statistics from the scan, as training would have left
+    it: otherwise what goes in is lost on the way, or grows without bounds where points lie densely. The noise that comes out
+    is made small, since none of it is right."""
     torch.manual_seed(0)
-    both = MinkUNetDiff(scaled(width)), MinkGlobalEnc(scaled(width))
-    for parameter in (*both[0].parameters(), *both[1].parameters()):
-        parameter.data *= GAIN
-    for parameter in both[0].last[2].parameters():
-        parameter.data *= 0.1
-    return both[0].eval().to(device, dtype), both[1].eval().to(device, dtype)
+    denoiser = MinkUNetDiff(scaled(width)).eval().to(scan.device, scan.dtype)
+    encoder = MinkGlobalEnc(scaled(width)).eval().to(scan.device, scan.dtype)
+    modules = [*denoiser.modules(), *encoder.modules()]
+    norms = [module for module in modules if isinstance(module, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        begun = scan.repeat(1, CompletionSettings().copies, 1)
+        begun = begun + NOISE * torch.randn(begun.shape, dtype=begun.dtype).to(begun)
+        levels = torch.zeros(1, dtype=torch.int64, device=scan.device)
+        voxels, encoded = (sparse.voxelise(points, completion.VOXEL)[0] for points in (begun, scan))
+        predicted = denoiser(voxels, denoiser.condition(encoder(encoded)), levels)
+        for parameter in denoiser.last[2].parameters():
+            parameter *= PREDICTED / float(predicted.std())
+    for norm in norms:
+        norm.eval()
+    return denoiser, encoder
 
 
 def scan_of(points: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -126,7 +140,7 @@ def completed(
 ) -> tuple[Tensor, float]:
     """A completion (1, N, 3), in the variant's way, and its seconds."""
     scan, settings = scan_of(options.points, options.device, dtype), CompletionSettings(guidance=guidance, noise_scale=NOISE)
-    both = networks(options.width, options.device, dtype)
+    both = networks(options.width, scan)
     bf16 = torch.autocast(options.device, dtype=torch.bfloat16) if "bf16" in variant else nullcontext()
     fast = spconv_convolutions() if "spconv" in variant else nullcontext()
     with torch.no_grad(), bf16, fast:

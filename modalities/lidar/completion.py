@@ -118,9 +118,10 @@ class GuidedDenoiser:
     def at(self, voxels: SparseTensor, inverse: Tensor, levels: Tensor, size: float) -> Tensor:
         """Noise (B * N, 3) of points that are voxels of ``size`` already, at levels (B,)."""
         given, absent = self._of(size)
-        noise = self._denoiser(voxels, given, levels)
+        begun = self._denoiser.begin(voxels)
+        noise = self._denoiser(voxels, given, levels, begun=begun)
         if absent is not None:
-            without = self._denoiser(voxels, absent, levels)
+            without = self._denoiser(voxels, absent, levels, begun=begun)
             noise = without + self._settings.guidance * (noise - without)
         return noise[inverse]
 

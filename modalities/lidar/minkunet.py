@@ -136,16 +136,21 @@ class MinkUNetDiff(nn.Module):
         """An encoded scan made ready for this network. Once per scan is enough, for all steps."""
         return Condition(encoded, tuple(getattr(self, f"latent_{stage}")(encoded.features) for stage in STAGES))
 
-    def forward(self, x: SparseTensor, condition: Condition, timesteps: Tensor) -> Tensor:
+    def begin(self, x: SparseTensor) -> SparseTensor:
+        """The first layers, which know neither condition nor timestep: the branches of guidance may share them."""
+        return self.stem(x)  # type: ignore[operator]  (added by name)
+
+    def forward(self, x: SparseTensor, condition: Condition, timesteps: Tensor, *, begun: SparseTensor | None = None) -> Tensor:
         """Noise (V, 3) of the voxels.
 
         Args:
             x: voxels of xyz in metres, at stride 1.
             condition: see :meth:`condition`; of the same number of clouds.
             timesteps: (B,).
+            begun: ``begin(x)``, where it has been computed already.
         """
         embedding = timestep_embedding(timesteps, self.embedding_size).to(x.features.dtype)
-        x = self.stem(x)  # type: ignore[operator]  (added by name)
+        x = self.begin(x) if begun is None else begun
         skips = [x]
         for number, stage in enumerate(STAGES):
             x = self._weighted(x, number, condition, embedding)
