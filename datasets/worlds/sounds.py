@@ -196,11 +196,12 @@ def random_spec(draws: random.Random, tasks: Sequence[str] = TASKS, *, split: st
 def noisy_caption(spec: Spec, draws: random.Random) -> str:
     """A caption of ``spec``, wrong about time with the probability of its task (`CAPTION_NOISE`)."""
     if draws.random() < CAPTION_NOISE.get(spec.task, 0.0):
-        spec = _wrong(spec, draws)
+        spec = wrong(spec, draws)
     return draws.choice(captions(spec))
 
 
-def _wrong(spec: Spec, draws: random.Random) -> Spec:
+def wrong(spec: Spec, draws: random.Random) -> Spec:
+    """The same events in another order, another number, or one after the other in the place of together."""
     if spec.task == "count":
         return Spec("count", spec.groups[:1] * (5 - len(spec.groups)))
     if spec.task == "overlap":

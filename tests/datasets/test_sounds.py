@@ -1,5 +1,6 @@
 """The world of sounds, its exact detector, and its composer of recordings."""
 
+import json
 import random
 from itertools import pairwise
 
@@ -8,8 +9,8 @@ import pytest
 
 from polyalign.core.errors import UserError
 from polyalign.core.recipe import JudgeConfig
-from polyalign.datasets.audio.waves import Wave, resampled, write
-from polyalign.datasets.worlds import sound_detector, sounds
+from polyalign.datasets.audio.waves import Wave, read, resampled, write
+from polyalign.datasets.worlds import sound_detector, sound_pairs, sounds
 from polyalign.datasets.worlds.sound_clips import Composer
 from polyalign.datasets.worlds.sound_events import EVENTS, LOUDNESS, PITCH, RATE, render_event
 from polyalign.datasets.worlds.sounds import Event, Spec
@@ -50,7 +51,7 @@ def test_a_wrong_caption_is_about_the_same_events(task: str) -> None:
     draws = random.Random(0)
     for _ in range(20):
         spec = sounds.random_spec(draws, (task,))
-        wrong = sounds._wrong(spec, draws)
+        wrong = sounds.wrong(spec, draws)
         assert wrong.groups != spec.groups
         assert set(wrong.events) == set(spec.events)
         assert all(sounds.parse(caption) == wrong for caption in sounds.captions(wrong))
@@ -136,7 +137,7 @@ def test_the_detector_on_held_out_mixes() -> None:
 def test_a_wrong_caption_is_found_out() -> None:
     clips = list(sounds.clips("heldout", 40, seed=12, tasks=("order", "order_of_three", "count_in_order")))
     draws = random.Random(5)
-    wrong = sound_detector.measure((sounds._wrong(spec, draws), wave) for spec, wave, _ in clips)
+    wrong = sound_detector.measure((sounds.wrong(spec, draws), wave) for spec, wave, _ in clips)
     assert wrong["strict"] == 0 and wrong["clean"] == 1
 
 
@@ -235,3 +236,24 @@ def test_folders_that_cannot_be_composed_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="is silent"):
         composer.sound(silent)
     assert isinstance(Spec("single", (("drum",),)).events, tuple)
+
+
+def test_pairs_of_recordings_differ_in_time_alone(tmp_path) -> None:
+    recordings = save_recordings(tmp_path / "recordings")
+    composer = Composer(recordings)
+    pairs = list(sound_pairs.compose(composer, "train", 40, seed=1))
+    for pair in pairs:
+        (_, right), (_, other) = pair.chosen, pair.rejected
+        assert {event.event for event in right} == {event.event for event in other}
+        names, others = ([event.event for event in found] for found in (right, other))
+        at_once = [any(sounds.together(a, b) for a, b in pairwise(found)) for found in (right, other)]
+        assert names != others or at_once == [True, False], pair.caption
+        assert at_once[0] == ("while" in pair.caption or "together" in pair.caption or "same time" in pair.caption)
+    sound_pairs.main([str(recordings), str(tmp_path / "pairs"), "--count", "5", "--seed", "1"])
+    lines = [json.loads(line) for line in (tmp_path / "pairs" / "events.jsonl").read_text().splitlines()]
+    assert [line["caption"] for line in lines] == [pair.caption for pair in pairs[:5]]
+    assert [event["event"] for event in lines[3]["chosen"]] == [event.event for event in pairs[3].chosen[1]]
+    written = read(tmp_path / "pairs" / "rejected" / "00002.flac", RATE)
+    np.testing.assert_allclose(written.samples, pairs[2].rejected[0].samples, atol=1e-4)
+    with pytest.raises(SystemExit):
+        sound_pairs.main([str(recordings), str(tmp_path / "pairs")])
