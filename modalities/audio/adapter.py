@@ -106,18 +106,16 @@ class AudioAdapter:
         """Minus the denoising error of every candidate: one forward pass over all of them."""
         device = next(model.network.parameters()).device
         tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
-        units, dtype, parts = draws.timesteps.shape[1], self.settings.weights_dtype, parts_of(model)
+        units, parts = draws.timesteps.shape[1], parts_of(model)
         rows = {
             name: rows_of(tensor, tensors["latents"].shape[1], units, per_candidate=False)
             for name, tensor in tensors.items()
             if name != "latents"
         }
-        extra = rows["text_extra"].to(dtype) if "text_extra" in rows else None
-        told = Told(rows["text"].to(dtype), rows["text_mask"], extra)
+        told = Told(rows["text"], rows["text_mask"], rows.get("text_extra"))
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            with sampling.autocast(self.settings, device):
-                return parts.predict(model.network, noisy.to(dtype), timesteps, told)
+            return sampling.answer(model, self.settings, noisy, timesteps, told)
 
         return denoising_scores(
             predict,

@@ -3,6 +3,7 @@ latents of a mel VAE."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from diffusers import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel, AutoencoderKL
 from torch import Tensor, nn
-from transformers import AutoTokenizer, ClapModel, GPT2Model, SpeechT5HifiGan, T5EncoderModel
+from transformers import ClapModel, GPT2Model, SpeechT5HifiGan, T5EncoderModel
 
 from polyalign.core.errors import UserError
 from polyalign.core.likelihood.schedules import NoiseSchedule
 from polyalign.modalities.audio import diffusers_folders as folders
-from polyalign.modalities.audio.mel import MelSettings
+from polyalign.modalities.audio.mel import FrontEnd
 from polyalign.modalities.audio.mel_vae import MelVae
 from polyalign.modalities.audio.parts import Parts, Told
 from polyalign.modalities.audio.settings import AudioModelSettings
@@ -87,43 +88,44 @@ def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, told: Told) -
     )[0]
 
 
-def open_audioldm2(folder: Path, settings: AudioModelSettings) -> Parts:
-    """A folder of AudioLDM2Pipeline, text to audio (its speech variants have another second encoder).
-
-    Lengths are rounded up to whole frames, where the pipeline rounds down and makes a clip that is shorter than was asked for.
-    """
-    unet = folders.component(AudioLDM2UNet2DConditionModel, folder, "unet")
-    vae = folders.component(AutoencoderKL, folder, "vae")
-    vocoder = folders.component(SpeechT5HifiGan, folder, "vocoder")
-    text = GeneratedText(
+def _text(folder: Path) -> GeneratedText:
+    return GeneratedText(
         folders.component(ClapModel, folder, "text_encoder"),
-        folders.component(AutoTokenizer, folder, "tokenizer"),
+        folders.tokenizer(folder, "tokenizer"),
         T5Text(
             folders.component(T5EncoderModel, folder, "text_encoder_2"),
-            folders.component(AutoTokenizer, folder, "tokenizer_2"),
+            folders.tokenizer(folder, "tokenizer_2"),
             multiple=1,  # GPT-2 counts padding among its positions
         ),
         folders.component(AudioLDM2ProjectionModel, folder, "projection_model"),
         folders.component(GPT2Model, folder, "language_model"),
     )
-    voice = vocoder.config
-    hop = 1
-    for rate in voice.upsample_rates:
-        hop *= rate
-    if voice.sampling_rate != MelSettings.rate or hop != MelSettings.hop:
-        raise UserError(
-            f"{folder}: its vocoder makes {voice.sampling_rate} Hz with {hop} samples a frame; only 16000 Hz and 160 are known"
-        )
+
+
+def open_audioldm2(folder: Path, settings: AudioModelSettings) -> Parts:
+    """A folder of AudioLDM2Pipeline, text to audio (its speech variants have another second encoder).
+
+    Lengths are rounded up to whole frames, where the pipeline rounds down and makes a clip that is shorter than was asked for.
+    """
     config = folders.scheduler_config(folder)
+    unet = folders.component(AudioLDM2UNet2DConditionModel, folder, "unet")
+    vae = folders.component(AutoencoderKL, folder, "vae")
+    vocoder = folders.component(SpeechT5HifiGan, folder, "vocoder")
+    hop = math.prod(vocoder.config.upsample_rates)
+    if (vocoder.config.sampling_rate, hop) != (FrontEnd.rate, FrontEnd.hop):
+        raise UserError(
+            f"{folder}: its vocoder makes {vocoder.config.sampling_rate} Hz with {hop} samples a frame; only 16000 Hz and 160 "
+            "are known"
+        )
     return Parts(
         family="audioldm2",
         denoiser=unet,
         predict=predict,
-        text=text,
+        text=_text(folder),
         codec=MelVae(
             vae,
             vocoder,
-            MelSettings(mels=int(voice.model_in_dim)),
+            FrontEnd(mels=int(vocoder.config.model_in_dim)),
             seconds=settings.seconds or SECONDS,
             resampler=settings.resampler,
         ),

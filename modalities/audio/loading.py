@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
@@ -43,9 +44,8 @@ def load(settings: AudioModelSettings) -> Model:
     parts = FAMILIES[family].open(folder, settings)
     parts.schedule.check(parts.prediction_type)
     device = device_of(settings)
-    denoiser = parts.denoiser.requires_grad_(False).eval().to(device)
-    if next(denoiser.parameters()).dtype != settings.weights_dtype:  # diffusers warns at a cast to the same type too
-        denoiser = denoiser.to(settings.weights_dtype)
+    denoiser = parts.denoiser.requires_grad_(False).eval()
+    nn.Module.to(denoiser, device, settings.weights_dtype)  # diffusers' own warns of layers to be kept in float32, also of none
     parts.codec.to(device)
     parts.text.to(device)
     return Model(network=denoiser, parts={"audio": parts}, identity=_identity(folder, settings, hub))

@@ -1,4 +1,4 @@
-"""The mel front end of AudioLDM and Tango: loudness, cutting, and log-mel frames of sound, in plain torch.
+"""Mel front ends in plain torch: log-mel frames of sound, and the loudness and length that AudioLDM and Tango bring it to.
 
 Letters: N clips, S samples, T frames, M mel bins.
 """
@@ -24,8 +24,8 @@ PEAK = 0.5
 
 
 @dataclass(frozen=True)
-class MelSettings:
-    """A front end: window and hop in samples, ``mels`` slaney-scaled bins from ``low`` to ``high`` hertz, and the ``floor``
+class FrontEnd:
+    """Window and hop in samples, ``mels`` slaney-scaled bins from ``low`` to ``high`` hertz, and the ``floor``
     that magnitudes are clamped to before the logarithm. The values are AudioLDM's and Tango's."""
 
     rate: int = 16000
@@ -41,7 +41,7 @@ class MelSettings:
         return max(1, math.ceil(round(seconds * self.rate / self.hop, 6) / multiple)) * multiple
 
 
-def prepared(wave: Wave, settings: MelSettings, frames: int, resampler: str = "scipy.resample_poly") -> Tensor:
+def prepared(wave: Wave, settings: FrontEnd, frames: int, resampler: str = "scipy.resample_poly") -> Tensor:
     """Samples (frames * hop,) of one clip as Tango hears it.
 
     Resampled, the mean taken away, divided by the largest absolute value (+ 1e-8) and halved, cut or filled with zeros at its
@@ -62,7 +62,7 @@ def prepared(wave: Wave, settings: MelSettings, frames: int, resampler: str = "s
     return samples / peak * PEAK if peak > 0 else samples
 
 
-def log_mel(samples: Tensor, settings: MelSettings) -> Tensor:
+def log_mel(samples: Tensor, settings: FrontEnd) -> Tensor:
     """ln(max(|STFT| mel, floor)): samples (N, S) to frames (N, S / hop, M).
 
     Magnitudes and not powers, of windows centred on the multiples of the hop with the sound mirrored at both ends, under a
@@ -71,13 +71,13 @@ def log_mel(samples: Tensor, settings: MelSettings) -> Tensor:
     window = torch.hann_window(settings.window, device=samples.device)
     spectrum = torch.stft(
         samples, settings.window, settings.hop, window=window, center=True, pad_mode="reflect", return_complex=True
-    ).abs()
-    mels = spectrum.transpose(1, 2) @ filter_bank(settings).to(samples)
-    return mels.clamp(min=settings.floor).log()[:, : samples.shape[1] // settings.hop]
+    )
+    magnitude = spectrum.abs()[..., : samples.shape[1] // settings.hop].transpose(1, 2)
+    return (magnitude @ filter_bank(settings).to(samples)).clamp_min(settings.floor).log()
 
 
 @lru_cache(maxsize=4)
-def filter_bank(settings: MelSettings) -> Tensor:
+def filter_bank(settings: FrontEnd) -> Tensor:
     """The mel basis (window // 2 + 1, M), slaney's scale and area."""
     bank: Any = mel_filter_bank(
         num_frequency_bins=settings.window // 2 + 1,
@@ -91,6 +91,6 @@ def filter_bank(settings: MelSettings) -> Tensor:
     return torch.from_numpy(bank).float()
 
 
-def clips(waves: Sequence[Wave], settings: MelSettings, frames: int, resampler: str = "scipy.resample_poly") -> Tensor:
+def clips(waves: Sequence[Wave], settings: FrontEnd, frames: int, resampler: str = "scipy.resample_poly") -> Tensor:
     """Log-mel frames (N, frames, M) of clips."""
     return log_mel(torch.stack([prepared(wave, settings, frames, resampler) for wave in waves]), settings)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.audio_utils import mel_filter_bank
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.audio.waves import Wave, resampled
+from polyalign.modalities.audio.mel import FrontEnd, filter_bank, log_mel
 
 FILE, WEIGHTS = "codec.json", "codec.safetensors"
 
@@ -61,38 +60,29 @@ class MelSettings:
     def frames(self) -> int:
         return self.samples // self.hop
 
+    @property
+    def front(self) -> FrontEnd:
+        """All frequencies up to half the rate."""
+        return FrontEnd(self.rate, self.n_fft, self.hop, self.bands, 0.0, self.rate / 2, self.floor)
+
 
 def read_settings(folder: Path) -> MelSettings:
     """``codec.json`` of a folder.
 
     Raises:
-        UserError: the file is not there, is no JSON, or has other keys.
+        UserError: the file is not there, is no JSON, or has other keys, or values that are no numbers above 0.
     """
     file = folder / FILE
     try:
         found = json.loads(file.read_text())
-        return MelSettings(**{**found, "patch": tuple(found["patch"])})
+        found = {**found, "patch": tuple(found["patch"])}
+        for key, value in found.items():
+            numbers = value if key == "patch" else (value,)
+            if any(isinstance(number, bool) or not isinstance(number, int | float) or number <= 0 for number in numbers):
+                raise ValueError(f"{key} is {value!r}, which is no number above 0")
+        return MelSettings(**found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: no settings of a patched-mel codec ({error})") from error
-
-
-@lru_cache(maxsize=4)
-def _basis(settings: MelSettings) -> Tensor:
-    """(n_fft / 2 + 1, bands) float32."""
-    basis = mel_filter_bank(
-        settings.n_fft // 2 + 1, settings.bands, 0.0, settings.rate / 2, settings.rate, norm="slaney", mel_scale="slaney"
-    )
-    return torch.from_numpy(np.asarray(basis, dtype=np.float32))
-
-
-def log_mel(samples: Tensor, settings: MelSettings) -> Tensor:
-    """Log-mel spectrogram (N, frames, bands) of clips (N, samples)."""
-    window = torch.hann_window(settings.n_fft, device=samples.device)
-    spectrum = torch.stft(
-        samples, settings.n_fft, settings.hop, window=window, center=True, pad_mode="reflect", return_complex=True
-    )
-    magnitude = spectrum.abs()[..., : settings.frames].transpose(1, 2)
-    return (magnitude @ _basis(settings).to(samples.device)).clamp_min(settings.floor).log()
 
 
 def to_patches(mel: Tensor, patch: Sequence[int]) -> Tensor:
@@ -149,7 +139,7 @@ def linear_magnitude(mel: Tensor, settings: MelSettings, rounds: int = 30) -> Te
     Least squares over magnitudes that are not negative, by Lee and Seung's multiplicative update: x <- x (B y) / (B B' x).
     Values at the floor count as silence.
     """
-    basis = _basis(settings).to(mel.device)
+    basis = filter_bank(settings.front).to(mel.device)
     wanted = torch.where(mel <= np.log(settings.floor) + 0.3, torch.zeros_like(mel), mel.exp())
     towards = wanted @ basis.T
     found = towards / (basis.sum(1) ** 2 + 1e-8).clamp_min(1e-8)
@@ -241,7 +231,7 @@ def patches_of(waves: Sequence[Wave], settings: MelSettings) -> Tensor:
     for row, wave in zip(clips, waves, strict=True):
         samples = resampled(wave, settings.rate).samples[: len(row)]
         row[: len(samples)] = samples
-    return to_patches(log_mel(torch.from_numpy(clips), settings), settings.patch)
+    return to_patches(log_mel(torch.from_numpy(clips), settings.front), settings.patch)
 
 
 def open_codec(folder: Path) -> MelCodec:

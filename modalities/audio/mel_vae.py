@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.audio.waves import Wave
-from polyalign.modalities.audio.mel import MelSettings, clips
+from polyalign.modalities.audio.mel import FrontEnd, clips
 
 
 class MelVae:
@@ -30,7 +30,7 @@ class MelVae:
         self,
         vae: Any,
         vocoder: Any,
-        mel: MelSettings,
+        mel: FrontEnd,
         *,
         seconds: float,
         halvings: int = 0,

@@ -98,7 +98,7 @@ class Parts:
         matched: what stands in the place of a prompt is brought to the prompt's number of tokens, since the family's states
             depend on it even where the mask leaves tokens out (AudioLDM2).
         write: ``write(denoiser, folder)`` saves the whole model in the family's own layout, which opens again.
-        card: Python that opens an export without this package; ``{folder}`` stands for the place.
+        card: Python that opens an export without this package; THIS_FOLDER stands for the place.
     """
 
     family: str

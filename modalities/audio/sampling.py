@@ -85,11 +85,19 @@ def solver_of(parts: Parts, solver: Solver | None) -> Any:
     raise UserError(f"solver is {solver}, which is for flow models; allowed: ddim, dpmpp, ddpm")
 
 
-def autocast(settings: AudioModelSettings, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision of a float32 denoiser; nothing where the weights already have the asked dtype."""
-    if settings.weights_dtype == DTYPES[settings.dtype]:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[settings.dtype])
+def answer(model: Model, settings: AudioModelSettings, noisy: Tensor, timesteps: Tensor, told: Told) -> Tensor:
+    """What the denoiser predicts, (N, C, ...) float32.
+
+    Latents and states are kept in float32, and half-precision layers refuse those: they are brought to the type of the weights
+    here, or to that of mixed precision where full training keeps float32 masters. Timesteps stay as they are, since bfloat16
+    has no number between 512 and 516.
+    """
+    dtype, asked = settings.weights_dtype, DTYPES[settings.dtype]
+    extra = None if told.extra is None else told.extra.to(dtype)
+    mixed = contextlib.nullcontext() if dtype == asked else torch.autocast(noisy.device.type, dtype=asked)
+    with mixed:
+        told = Told(told.states.to(dtype), told.mask, extra)
+        return parts_of(model).predict(model.network, noisy.to(dtype), timesteps, told).float()
 
 
 @torch.no_grad()
@@ -137,8 +145,8 @@ def _batch(model: Model, settings: AudioModelSettings, jobs: list[Job]) -> Mappi
 
 def _denoise(model: Model, settings: AudioModelSettings, jobs: Sequence[Job]) -> Tensor:
     """Latents (N, C, ...), float32, of jobs with equal steps, length and guidance."""
-    parts, network = parts_of(model), model.network
-    device = next(network.parameters()).device
+    parts = parts_of(model)
+    device = next(model.network.parameters()).device
     scheduler = solver_of(parts, settings.solver)
     scheduler.set_timesteps(jobs[0].steps, device=device)
     generators = [torch.Generator("cpu").manual_seed(job.seed) for job in jobs]
@@ -146,14 +154,13 @@ def _denoise(model: Model, settings: AudioModelSettings, jobs: Sequence[Job]) ->
     latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     stochastic = isinstance(scheduler, DDPMScheduler)
-    told = _branches(jobs, device, settings.weights_dtype)
+    told = _branches(jobs, device)
     levels = parts.schedule.timestep.to(device)
     for timestep in scheduler.timesteps:
         both = torch.cat([latents, latents]) if len(told.states) > len(jobs) else latents
         # A flow scheduler's timesteps are what the network is told; others' are indices into the schedule.
         shown = timestep if parts.schedule.kind == FLOW else levels[timestep.long()]
-        with autocast(settings, device):
-            found = parts.predict(network, both.to(settings.weights_dtype), shown.expand(len(both)), told).float()
+        found = answer(model, settings, both, shown.expand(len(both)), told)
         if len(both) > len(latents):
             without, with_prompt = found.chunk(2)
             found = without + jobs[0].guidance * (with_prompt - without)
@@ -162,9 +169,9 @@ def _denoise(model: Model, settings: AudioModelSettings, jobs: Sequence[Job]) ->
     return latents
 
 
-def _branches(jobs: Sequence[Job], device: torch.device, dtype: torch.dtype) -> Told:
+def _branches(jobs: Sequence[Job], device: torch.device) -> Told:
     """What a forward pass is told: with guidance, the rows in the place of the prompts and then the prompts'."""
     empties = [job.empty for job in jobs if job.empty is not None]
     told = stack([*empties, *(job.told for job in jobs)])
-    extra = None if told.extra is None else told.extra.to(device, dtype)
-    return Told(told.states.to(device, dtype), told.mask.to(device), extra)
+    extra = None if told.extra is None else told.extra.to(device)
+    return Told(told.states.to(device), told.mask.to(device), extra)

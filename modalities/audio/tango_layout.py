@@ -31,7 +31,7 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5Enc
 
 from polyalign.core.errors import UserError
 from polyalign.modalities.audio import tango_names as names
-from polyalign.modalities.audio.mel import MelSettings, filter_bank
+from polyalign.modalities.audio.mel import FrontEnd, filter_bank
 from polyalign.modalities.checkpoint_files import read_tensors
 
 MAIN, VAE, STFT = "pytorch_model_main.bin", "pytorch_model_vae.bin", "pytorch_model_stft.bin"
@@ -49,7 +49,7 @@ class TangoModules:
     text_encoder: Any
     vae: Any
     vocoder: Any
-    mel: MelSettings
+    mel: FrontEnd
     scheduler_config: Mapping[str, Any]
     text_name: str
 
@@ -123,7 +123,7 @@ def write(folder: Path, modules: TangoModules) -> None:
     torch.save(stft_tables(mel), folder / STFT)
 
 
-def stft_tables(mel: MelSettings) -> dict[str, Tensor]:
+def stft_tables(mel: FrontEnd) -> dict[str, Tensor]:
     """What the original asks of ``pytorch_model_stft.bin``: the windowed Fourier basis (2 (W / 2 + 1), 1, W) with its
     pseudo-inverse, and the mel basis (M, W / 2 + 1)."""
     fourier = np.fft.fft(np.eye(mel.window))[: mel.window // 2 + 1]
@@ -167,17 +167,24 @@ def _key(config: Mapping[str, Any], key: str, file: Path) -> Any:
     return config[key]
 
 
-def _mel(stft: Mapping[str, Any], file: Path) -> MelSettings:
-    window, length = int(_key(stft, "filter_length", file)), int(_key(stft, "win_length", file))
+def _number(config: Mapping[str, Any], key: str, file: Path) -> float:
+    found = _key(config, key, file)
+    if isinstance(found, bool) or not isinstance(found, int | float) or found < 0:
+        raise UserError(f"{file}: {key} is {found!r}; expected a number, 0 or more")
+    return float(found)
+
+
+def _mel(stft: Mapping[str, Any], file: Path) -> FrontEnd:
+    window, length = int(_number(stft, "filter_length", file)), int(_number(stft, "win_length", file))
     if window != length:
         raise UserError(f"{file}: win_length {length} is not filter_length {window}; only equal ones are known here")
-    return MelSettings(
-        rate=int(_key(stft, "sampling_rate", file)),
+    return FrontEnd(
+        rate=int(_number(stft, "sampling_rate", file)),
         window=window,
-        hop=int(_key(stft, "hop_length", file)),
-        mels=int(_key(stft, "n_mel_channels", file)),
-        low=float(_key(stft, "mel_fmin", file)),
-        high=float(_key(stft, "mel_fmax", file)),
+        hop=int(_number(stft, "hop_length", file)),
+        mels=int(_number(stft, "n_mel_channels", file)),
+        low=_number(stft, "mel_fmin", file),
+        high=_number(stft, "mel_fmax", file),
     )
 
 
@@ -199,12 +206,12 @@ def _unet(folder: Path, main: Mapping[str, Any], tensors: dict[str, Tensor], fil
             f"{folder / CONFIGS[0]}: unet_model_name is {main['unet_model_name']!r}, a picture model's UNet between two "
             "projections; only models with unet_model_config_path are opened"
         )
-    config = names.UNET_CONFIG
+    config, described = names.UNET_CONFIG, file
     inside = (folder / str(main.get("unet_model_config_path") or UNET_CONFIG_FILE)).resolve()
     if inside.is_relative_to(folder.resolve()) and inside.is_file():
-        config = _json(inside)
+        config, described = _json(inside), inside
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(config)
+        unet = _built(UNet2DConditionModel, config, described)
     _place(unet, tensors, "unet.", file)
     return unet
 
@@ -212,17 +219,17 @@ def _unet(folder: Path, main: Mapping[str, Any], tensors: dict[str, Tensor], fil
 def _text_encoder(tensors: dict[str, Tensor], file: Path) -> Any:
     tensors.setdefault("encoder.embed_tokens.weight", tensors.get("shared.weight", torch.empty(0)))
     with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**names.t5_config(tensors)))
+        encoder = T5EncoderModel(T5Config(**names.t5_config(tensors, file)))
     _place(encoder, tensors, "text_encoder.", file)
     encoder.encoder.set_input_embeddings(encoder.shared)  # the same tensor under two names
     return encoder
 
 
-def _vae_and_vocoder(folder: Path, described: Mapping[str, Any], mel: MelSettings) -> tuple[Any, Any]:
+def _vae_and_vocoder(folder: Path, described: Mapping[str, Any], mel: FrontEnd) -> tuple[Any, Any]:
     file = folder / VAE
-    config = names.vae_config(described)
+    config = names.vae_config(described, folder / CONFIGS[1])
     tensors = read_tensors(file)
-    voice = SpeechT5HifiGanConfig(**names.vocoder_config(tensors, mel.rate))
+    voice = SpeechT5HifiGanConfig(**names.vocoder_config(tensors, mel.rate, file))
     hop = int(np.prod(voice.upsample_rates))
     if (voice.model_in_dim, hop) != (mel.mels, mel.hop):
         raise UserError(
@@ -230,7 +237,7 @@ def _vae_and_vocoder(folder: Path, described: Mapping[str, Any], mel: MelSetting
             f"says {mel.mels} bins with a hop of {mel.hop}"
         )
     with torch.random.fork_rng(devices=[]):  # weights that are at once replaced are drawn at random
-        vae: Any = AutoencoderKL.from_config(config)
+        vae = _built(AutoencoderKL, config, folder / CONFIGS[1])
         vocoder = SpeechT5HifiGan(voice)
     levels = len(config["block_out_channels"])
     _place(
@@ -242,6 +249,16 @@ def _vae_and_vocoder(folder: Path, described: Mapping[str, Any], mel: MelSetting
     )
     _place(vocoder, names.vocoder_to_stock(tensors, mel.mels), "vocoder.", file)
     return vae, vocoder
+
+
+def _built(kind: Any, config: Mapping[str, Any], file: Path) -> Any:
+    """A network of diffusers with weights at random."""
+    try:
+        return kind.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{file} describes no {kind.__name__} that can be built: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, Tensor]:
@@ -270,7 +287,7 @@ def _place(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, file: 
     module.requires_grad_(False).eval()
 
 
-def _compare_basis(file: Path, mel: MelSettings) -> None:
+def _compare_basis(file: Path, mel: FrontEnd) -> None:
     """Where the front end's tables are there, their mel basis says whether stft_config.json is theirs."""
     if not file.is_file():
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ VOCODER_CONFIG: dict[str, Any] = {
 """AudioLDM's HiFi-GAN; the strides do not show in the tensors."""
 
 
-def vae_config(described: Mapping[str, Any]) -> dict[str, Any]:
-    """AutoencoderKL's configuration from ``vae_config.json``.
+def vae_config(described: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """AutoencoderKL's configuration from ``vae_config.json``, the ``file``.
 
     Raises:
         UserError: a key is missing, or it describes a VAE that AutoencoderKL is not (subbands, attention between the levels).
@@ -67,8 +68,10 @@ def vae_config(described: Mapping[str, Any]) -> dict[str, Any]:
         inner, embed, scale = described["ddconfig"], int(described["embed_dim"]), float(described["scale_factor"])
         levels, width, latent = list(inner["ch_mult"]), int(inner["ch"]), int(inner["z_channels"])
         blocks = int(inner["num_res_blocks"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"vae_config.json lacks {error}, or it is not of the expected kind") from error
+    except KeyError as error:
+        raise UserError(f"{file} lacks {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: a value is of another kind than expected ({error})") from error
     odd = {
         "subband": described.get("subband", 1) != 1,
         "time_shuffle": described.get("time_shuffle", 1) != 1,
@@ -79,7 +82,7 @@ def vae_config(described: Mapping[str, Any]) -> dict[str, Any]:
     }
     if any(odd.values()):
         raise UserError(
-            f"vae_config.json: {', '.join(key for key, wrong in odd.items() if wrong)} as in no AudioLDM first stage; expected "
+            f"{file}: {', '.join(key for key, wrong in odd.items() if wrong)} as in no AudioLDM first stage; expected "
             "subband 1, time_shuffle 1, no attn_resolutions, embed_dim equal to z_channels, double_z, one channel"
         )
     return {
@@ -121,7 +124,7 @@ def described_vae(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def t5_config(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
     """T5Config's sizes, read off the encoder's tensors: the checkpoint itself only names FLAN-T5's hub id.
 
     Raises:
@@ -135,9 +138,7 @@ def t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         gated = first + "1.DenseReluDense.wi_0.weight" in tensors
         hidden = tensors[first + f"1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"].shape[0]
     except KeyError as error:
-        raise UserError(
-            f"the text encoder lacks the tensor text_encoder.{error.args[0]}, which every T5 encoder has"
-        ) from error
+        raise UserError(f"{file} lacks the tensor text_encoder.{error.args[0]}, which every T5 encoder has") from error
     layers = {match[1] for match in (re.match(r"encoder\.block\.(\d+)\.", name) for name in tensors) if match}
     return {
         "vocab_size": vocabulary,
@@ -152,7 +153,7 @@ def t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def vocoder_config(tensors: Mapping[str, Tensor], rate: int) -> dict[str, Any]:
+def vocoder_config(tensors: Mapping[str, Tensor], rate: int, file: Path) -> dict[str, Any]:
     """SpeechT5HifiGanConfig, with the sizes that show in ``vocoder.*``.
 
     Raises:
@@ -160,7 +161,7 @@ def vocoder_config(tensors: Mapping[str, Tensor], rate: int) -> dict[str, Any]:
     """
     first = tensors.get("vocoder.conv_pre.weight")
     if first is None:
-        raise UserError("pytorch_model_vae.bin lacks vocoder.conv_pre.weight: it holds no HiFi-GAN with plain weights")
+        raise UserError(f"{file} lacks vocoder.conv_pre.weight: it holds no HiFi-GAN with plain weights")
     return {
         **VOCODER_CONFIG,
         "model_in_dim": first.shape[1],

@@ -12,7 +12,6 @@ there is no T5 of this size to take; it is frozen from then on.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from polyalign.modalities.audio import diffusers_folders as folders
 from polyalign.modalities.audio.mel_codec import MelCodec, MelSettings, open_codec
 
 TEXT_LENGTH = 12
@@ -46,22 +46,22 @@ def tokenizer_of(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=TEXT_WIDTH,
-        d_kv=16,
-        d_ff=128,
-        num_layers=3,
-        num_heads=4,
-        relative_attention_num_buckets=32,
-        relative_attention_max_distance=32,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-    )
-    return T5EncoderModel(config)
+    config: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "d_model": TEXT_WIDTH,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 3,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 32,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    return T5EncoderModel(T5Config(**config))
 
 
 def denoiser(codec: MelSettings) -> PixArtTransformer2DModel:
@@ -158,25 +158,27 @@ class Base:
 def save(folder: Path, base: Base) -> None:
     """Write a base: stock folders of transformers and diffusers with weights as they are, and the codec."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, network in base.networks.items():
+    networks: dict[str, Any] = dict(base.networks.items())
+    for name, network in networks.items():
         network.save_pretrained(folder / name)
     base.tokenizer.save_pretrained(folder / "tokenizer")
-    DDIMScheduler.from_config(base.scheduler_config).save_pretrained(folder / "scheduler")
+    scheduler: Any = DDIMScheduler.from_config(base.scheduler_config)
+    scheduler.save_pretrained(folder / "scheduler")
     base.codec.save(folder)
 
 
 def read(folder: Path) -> Base:
-    """Open what :func:`save` wrote, in float32.
+    """Open what :func:`save` wrote, in float32, frozen.
 
     Raises:
-        UserError: the codec is not there or is none. OSError: another part is not there.
+        UserError: a part is not there, cannot be read, or has not the tensors of its configuration.
     """
-    codec = open_codec(folder)
-    denoiser = PixArtTransformer2DModel.from_pretrained(folder / "denoiser", torch_dtype=torch.float32, use_safetensors=True)
-    text = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, use_safetensors=True)
+    codec, scheduler = open_codec(folder), folders.scheduler_config(folder)
+    denoiser = folders.component(PixArtTransformer2DModel, folder, "denoiser")
+    text = folders.component(T5EncoderModel, folder, "text_encoder")
     return Base(
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+        tokenizer=folders.tokenizer(folder, "tokenizer"),
         networks=nn.ModuleDict({"text_encoder": text, "denoiser": denoiser}),
         codec=codec,
-        scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        scheduler_config=scheduler,
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyalign.core.errors import UserError
 from polyalign.core.likelihood.schedules import NoiseSchedule
 from polyalign.modalities.audio import tiny_architecture as tiny
 from polyalign.modalities.audio.parts import Parts, Told
@@ -36,10 +35,7 @@ def open_tiny(folder: Path) -> Parts:
     Raises:
         UserError: a part of it is missing, or is none.
     """
-    try:
-        base = tiny.read(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has codec.json and is no whole base: {str(error).splitlines()[0]}") from error
+    base = tiny.read(folder)
     config = base.scheduler_config
 
     def write(denoiser: Any, target: Path) -> None:
@@ -54,7 +50,7 @@ def open_tiny(folder: Path) -> Parts:
         codec=base.codec,
         scheduler_config=config,
         schedule=NoiseSchedule.from_scheduler_config(config),
-        prediction_type=config["prediction_type"],
+        prediction_type=config.get("prediction_type", "epsilon"),
         targets=TARGETS,
         write=write,
         card=CARD,

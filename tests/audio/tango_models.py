@@ -101,10 +101,10 @@ def audible(vocoder: Any) -> Any:
 def networks(seed: int = 0) -> dict[str, Any]:
     """Stock modules of the sizes above."""
     torch.manual_seed(seed)
-    text = T5Config(
-        vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    text: dict[str, Any] = {
+        "vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    }  # fmt: skip
     vae = AutoencoderKL(
         in_channels=1,
         out_channels=1,
@@ -127,8 +127,8 @@ def networks(seed: int = 0) -> dict[str, Any]:
         normalize_before=False,
     )
     built = {
-        "unet": loud(UNet2DConditionModel.from_config(UNET)),  # type: ignore[arg-type]
-        "text_encoder": T5EncoderModel(text),
+        "unet": loud(UNet2DConditionModel.from_config(UNET)),
+        "text_encoder": T5EncoderModel(T5Config(**text)),
         "vae": vae,
         "vocoder": audible(SpeechT5HifiGan(voice)),
     }

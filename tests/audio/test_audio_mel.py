@@ -11,11 +11,11 @@ from transformers.audio_utils import mel_filter_bank, spectrogram
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.audio.waves import Wave
-from polyalign.modalities.audio.mel import MelSettings, clips, filter_bank, log_mel, prepared
+from polyalign.modalities.audio.mel import FrontEnd, clips, filter_bank, log_mel, prepared
 
 torch.set_num_threads(1)
 
-TANGO = MelSettings()
+TANGO = FrontEnd()
 
 
 def noise(seconds: float, rate: int = 16000, seed: int = 0) -> Wave:

@@ -77,7 +77,7 @@ def test_a_sample_is_the_plain_loop(guidance: float, base: Path) -> None:
         a, s = parts.schedule.signal[level], parts.schedule.noise[level]
         clean, noise = a * latents - s * velocity, a * velocity + s * latents
         latents = parts.schedule.signal[before] * clean + parts.schedule.noise[before] * noise
-    torch.testing.assert_close(found, latents, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, latents, rtol=0, atol=1e-4)
 
 
 def test_a_condition_may_say_how(base: Path) -> None:

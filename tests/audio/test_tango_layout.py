@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import tango_models
 import torch
+from safetensors.torch import save_file
+from transformers import T5Tokenizer
 
 from polyalign.core.errors import UserError
 from polyalign.modalities.audio import tango_layout, tango_names
 from polyalign.modalities.audio.loading import parts_of
-from polyalign.modalities.audio.mel import MelSettings
+from polyalign.modalities.audio.mel import FrontEnd
 
 torch.set_num_threads(1)
 
@@ -50,7 +52,7 @@ def test_a_download_opens_in_stock_classes(tango: tuple[Path, dict[str, Any]]) -
     for mine, theirs in zip(outputs(vars(found)), outputs(original), strict=True):
         assert torch.equal(mine, theirs)
     assert found.scheduler_config["prediction_type"] == "v_prediction" and found.text_name == "google/flan-t5-large"
-    assert found.mel == MelSettings(window=256, mels=16)
+    assert found.mel == FrontEnd(window=256, mels=16)
     modules = (found.unet, found.text_encoder, found.vae, found.vocoder)
     for module in modules:
         tensors = [*module.parameters(), *module.buffers()]
@@ -88,7 +90,7 @@ def test_a_folder_comes_back_out_bit_for_bit(tango: tuple[Path, dict[str, Any]],
 def test_the_front_end_tables_are_written_and_compared(tango: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """The convolution with the written basis is torch's own STFT; another mel basis beside the configuration is refused."""
     folder = Path(shutil.copytree(tango[0], tmp_path / "tango"))
-    tables = tango_layout.stft_tables(MelSettings(window=256, mels=16))
+    tables = tango_layout.stft_tables(FrontEnd(window=256, mels=16))
     assert tables["stft_fn.forward_basis"].shape == (258, 1, 256) and tables["mel_basis"].shape == (16, 129)
     sound = torch.randn(1, 1600, generator=torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(sound.unsqueeze(1), (128, 128), mode="reflect")
@@ -104,6 +106,10 @@ def test_the_front_end_tables_are_written_and_compared(tango: tuple[Path, dict[s
 
 def _lose(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
+
+
+def _write(name: str, content: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(content)
 
 
 def _drop_key(name: str, key: str) -> Callable[[Path], None]:
@@ -142,6 +148,14 @@ MAIN, VAE = "pytorch_model_main.bin", "pytorch_model_vae.bin"
         (_lose("stft_config.json"), "lacks stft_config.json"),
         (_lose(MAIN), "lacks pytorch_model_main.bin"),
         (_drop_key("stft_config.json", "hop_length"), "lacks hop_length"),
+        (_set_key("stft_config.json", "hop_length", "160"), r"stft_config\.json: hop_length is '160'; expected a number"),
+        (_set_key("stft_config.json", "win_length", 512), "win_length 512 is not filter_length 256"),
+        (_write("stft_config.json", "{"), r"stft_config\.json is no configuration in JSON"),
+        (_drop_key("vae_config.json", "ddconfig"), r"vae_config\.json: a value is of another kind"),
+        (_set_key("vae_config.json", "ddconfig", {"z_channels": 8}), r"vae_config\.json lacks ch_mult"),
+        (_set_key("vae_config.json", "ddconfig", {**tango_models.VAE["ddconfig"], "ch": 40}), r"vae_config\.json describes no"),
+        (_set_key("configs/diffusion_model_config.json", "block_out_channels", [8]), r"config\.json describes no UNet2DCon"),
+        (_set_key("configs/diffusion_model_config.json", "cross_attention_dim", 8), r"unet\.\S+ has the shape .* asks for"),
         (_drop_key("main_config.json", "scheduler_name"), "lacks scheduler_name"),
         (_set_key("main_config.json", "scheduler_name", "other/model"), "only the configuration of stabilityai"),
         (_set_key("main_config.json", "unet_model_name", "other/model"), "between two projections"),
@@ -195,6 +209,13 @@ def test_a_training_folder_takes_the_place_of_the_base(tango: tuple[Path, dict[s
     assert other.identity != plain.identity
     with pytest.raises(UserError, match="checkpoint is"):
         tango_models.adapter_of(tango[0], checkpoint=str(tmp_path)).load()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model_2.safetensors")
+    again = tango_models.adapter_of(tango[0], checkpoint=str(tmp_path)).load()
+    assert torch.equal(again.network.state_dict()["conv_out.bias"], other.network.state_dict()["conv_out.bias"])
+    content = (tmp_path / "model_2.safetensors").read_bytes()
+    (tmp_path / "model_2.safetensors").write_bytes(content[:-8])
+    with pytest.raises(UserError, match=r"model_2\.safetensors is not a readable safetensors file"):
+        tango_models.adapter_of(tango[0], checkpoint=str(tmp_path)).load()
 
 
 def test_the_embedded_configurations_are_the_published_sizes() -> None:
@@ -202,12 +223,13 @@ def test_the_embedded_configurations_are_the_published_sizes() -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(tango_names.UNET_CONFIG)
-        inner = {**tango_models.VAE["ddconfig"], "ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 2}  # type: ignore[dict-item]
-        vae = AutoencoderKL.from_config(tango_names.vae_config({**tango_models.VAE, "ddconfig": inner}))
-    assert len(unet.state_dict()) == 686  # type: ignore[union-attr]
-    assert sum(parameter.numel() for parameter in unet.parameters()) == pytest.approx(865.93e6, rel=1e-5)  # type: ignore[union-attr]
-    assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(55.4e6, rel=1e-2)  # type: ignore[union-attr]
+        unet: Any = UNet2DConditionModel.from_config(tango_names.UNET_CONFIG)
+        inner = {**tango_models.VAE["ddconfig"], "ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 2}
+        described = {**tango_models.VAE, "ddconfig": inner}
+        vae: Any = AutoencoderKL.from_config(tango_names.vae_config(described, Path("vae_config.json")))
+    assert len(unet.state_dict()) == 686
+    assert sum(parameter.numel() for parameter in unet.parameters()) == pytest.approx(865.93e6, rel=1e-5)
+    assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(55.4e6, rel=1e-2)
 
 
 def test_the_tokenizer_is_asked_for(tango: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -217,3 +239,10 @@ def test_the_tokenizer_is_asked_for(tango: tuple[Path, dict[str, Any]], tmp_path
         tango_models.adapter_of(folder, tokenizer=str(tmp_path / "nowhere")).load()
     model = tango_models.adapter_of(folder, tokenizer=str(tmp_path / "elsewhere")).load()
     assert parts_of(model).text.encode(["a dog"], seconds=1.0).states.shape[2] == 16
+    (tmp_path / "elsewhere" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="elsewhere' cannot be had"):
+        tango_models.adapter_of(folder, tokenizer=str(tmp_path / "elsewhere")).load()
+    larger = T5Tokenizer(vocab=[(f"<{n}>", -1.0) for n in range(40)], extra_ids=0)
+    larger.save_pretrained(str(tmp_path / "larger"))
+    with pytest.raises(UserError, match=r"has \d+ tokens, and the base's text encoder knows 32"):
+        tango_models.adapter_of(folder, tokenizer=str(tmp_path / "larger")).load()
