@@ -127,7 +127,7 @@ def resampled_sums(
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     if len({len(array) for array in arrays}) != 1 or arrays[0].size == 0:
         raise ValueError(f"columns of one length above 0 are needed, found lengths {[len(array) for array in arrays]}")
-    sums = [_by_cluster(array, clusters)[0] for array in arrays]
+    sums = [_by_cluster(array, clusters) for array in arrays]
     generator = np.random.default_rng(seed_of(seed, "bootstrap"))
     found = np.empty((len(sums), resamples))
     rows = max(1, _CHUNK // len(sums[0]))
@@ -193,12 +193,12 @@ def _normal_quantile(confidence: float) -> float:
     return float(stats.norm.ppf(0.5 + confidence / 2))
 
 
-def _by_cluster(values: np.ndarray, clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and size of each cluster, in order of first appearance: (P,), (P,)."""
+def _by_cluster(values: np.ndarray, clusters: Sequence[Hashable] | None) -> np.ndarray:
+    """Sum of each cluster, in order of first appearance: (P,)."""
     if clusters is None:
-        return values, np.ones_like(values)
+        return values
     if len(clusters) != len(values):
         raise ValueError(f"every value needs its cluster, found {len(values)} values and {len(clusters)} clusters")
     number: dict[Hashable, int] = {}
     index = np.array([number.setdefault(cluster, len(number)) for cluster in clusters])
-    return np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
+    return np.bincount(index, weights=values)

@@ -1,4 +1,4 @@
-"""mcm_dpo.json: MCM-DPO's loss over eight combinations of context, image and text."""
+"""mcm_dpo.json: MCM-DPO's loss over eight combinations of context, image and text, what it sets beside them, and CIDEr."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from golden_adapters.cases import Case, agree, tensor
-from golden_adapters.sequences import agree_label_sums, columns, evaluate
+from golden_adapters.sequences import FLOAT32, agree_label_sums, columns, evaluate
 
 from polyalign.core.objectives import build
 from polyalign.core.objectives.table_groups import MCMDPO
+from polyalign.evaluation.vlm.cider import cider
+from polyalign.modalities.vlm.negatives import diffused, official_other
 
 CANDIDATES = tuple(f"{c}_{m}_{y}" for c in ("cw", "cl") for m in ("mw", "ml") for y in ("yw", "yl"))
 PARAMETERS = dict(zip(CANDIDATES[1:], ("r3", "r2", "r5", "r1", "r4", "r6", "r7"), strict=True))
@@ -44,12 +46,30 @@ def _label_sums(case: Case) -> None:
         agree_label_sums(case.outputs, side, tensor(case.inputs[name]), labels)
 
 
+def _captions(case: Case) -> None:
+    """The original's scorer goes by the name of CIDEr and is coco-caption's, which computes CIDEr-D."""
+    references = [[text.split() for text in known] for known in case.inputs["references"]]
+    scores = cider([text.split() for text in case.inputs["candidates"]], references).d
+    agree("per item", torch.tensor(scores, dtype=torch.float64), case.outputs["per_item"])
+    agree("cider", torch.tensor(scores, dtype=torch.float64).mean(), case.outputs["cider"])
+
+
+def agree_diffused(case: Case) -> None:
+    """Noised pixels in float32; Re-Align's file has the same function."""
+    pixels, noise = (tensor(case.inputs[name], torch.float32) for name in ("image", "eps"))
+    agree("noisy", diffused(pixels, noise, case.params["noise_step"]), case.outputs["noisy"], **FLOAT32)
+
+
+def _other_contexts(case: Case) -> None:
+    count = case.inputs["n_items"]
+    assert [official_other(index, count) for index in range(count)] == case.outputs["neg_index"]
+
+
 METHODS: dict[str, Callable[[Case], None]] = {
     "LLAVADPOTrainer.mcmdpo_loss": _check,
     "mcmdpo_get_batch_logps": _label_sums,
+    "cider.CiderScorer": _captions,
+    "add_diffusion_noise": agree_diffused,
+    "DPODataset.__getitem__": _other_contexts,
 }
-NOT_IN_PLACE: dict[str, str] = {
-    "add_diffusion_noise": "no objective: noisy pictures for a vision-language model, which is not here yet",
-    "DPODataset.__getitem__": "no objective: how one data set draws its negative contexts",
-    "cider.CiderScorer": "no objective: a metric of captions, which is not here yet",
-}
+NOT_IN_PLACE: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""rdpo.json: Re-Align's loss and its label log-probabilities; its noise is no objective."""
+"""rdpo.json: Re-Align's loss, its label log-probabilities and the noise of its code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from golden_adapters.cases import Case, agree, tensor
+from golden_adapters.mcm_dpo import agree_diffused
 from golden_adapters.sequences import agree_label_sums, columns, evaluate
 
 from polyalign.core.objectives import build
@@ -41,7 +42,6 @@ def _label_sums(case: Case) -> None:
 METHODS: dict[str, Callable[[Case], None]] = {
     "rDPOTrainer.dpo_loss": _check,
     "_get_batch_logps/_get_noisy_batch_logps": _label_sums,
+    "add_diffusion_noise": agree_diffused,
 }
-NOT_IN_PLACE: dict[str, str] = {
-    "add_diffusion_noise": "no objective: noisy pictures for a vision-language model, which is not here yet",
-}
+NOT_IN_PLACE: dict[str, str] = {}
