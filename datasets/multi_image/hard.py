@@ -22,7 +22,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.randomness import permutation
 from polyalign.datasets.multi_image import grid, sequence
 from polyalign.datasets.multi_image.drawing import Rows, check_counts, drawn_others, keyed, limited, shares
-from polyalign.datasets.multi_image.named import finished
+from polyalign.datasets.multi_image.named import finished, lowered
 from polyalign.datasets.multi_image.rows import asked
 from polyalign.datasets.multi_image.sources import Item, Questions, plain
 
@@ -30,7 +30,6 @@ Format = Literal["sequence", "grid"]
 ARRANGED = {"sequence": sequence.arranged, "grid": grid.arranged}
 COUNTS: Mapping[str, Mapping[int, float]] = {"sequence": sequence.COUNTS, "grid": grid.COUNTS}
 NUMBERS = {"sequence": tuple(sequence.NUMBERS), "grid": tuple(grid.SHAPES)}
-
 
 CONSIDERED = 256
 """Other pictures with the same question that are looked at for one row: some questions are asked of tens of thousands."""
@@ -66,8 +65,13 @@ class Known:
         return f"{self.item.number:08d}-{self.turn}"
 
     @property
-    def question(self) -> str:
-        return self.item.turns[self.turn].question
+    def bare(self) -> str:
+        """The question without instructions of how to answer it, which LLaVA's data have in a second line; it ends with a
+        mark."""
+        question = self.item.turns[self.turn].question
+        first = question.split("\n")[0].rstrip()
+        bare = first if first.endswith("?") else question
+        return bare if bare.endswith(("?", ".", "!")) else f"{bare}?"
 
     @property
     def answer(self) -> str:
@@ -159,11 +163,11 @@ def compare(
     def compose(plan: HardPlan, pictures: list[Image.Image]) -> dict[str, Any]:
         shown = ARRANGED[arrangement](pictures)
         first, second = (f"Image{target + 1}" for target in plan.targets)
-        words = f"Compare {first} and {second}: {_first_lower(plan.known.question)} Answer for each image and say whether the "
+        words = f"Compare {first} and {second}: {lowered(plan.known.bare)} Answer for each image and say whether the "
         agree = plain(plan.answers[0]) == plain(plan.answers[1])
         right = _comparison((first, second), plan.answers, agree)
         wrong = [
-            _comparison((first, second), plan.answers[::-1], agree),
+            *([] if agree else [_comparison((first, second), plan.answers[::-1], False)]),
             *(_comparison((first, second), (plan.answers[0], third), False) for third in plan.third),
             _comparison((first, second), plan.answers, not agree),
         ]
@@ -193,7 +197,7 @@ def search(
     def compose(plan: HardPlan, pictures: list[Image.Image]) -> dict[str, Any]:
         shown = ARRANGED[arrangement](pictures)
         (target,) = plan.targets
-        words = f'For one of the images the answer to the question "{plan.known.question}" is "{plan.known.answer}". '
+        words = f'For one of the images the answer to the question "{plan.known.bare}" is "{plan.known.answer}". '
         names = [f"Image{number}" for number in range(1, len(pictures) + 1)]
         messages = [asked(shown, words + "Which image is it?")]
         return finished(messages, shown, plan.targets, 3, names[target], names)
@@ -262,8 +266,3 @@ def _searched(known: Known, number: int, seed: int) -> HardPlan:
 def _comparison(names: Sequence[str], answers: Sequence[str], agree: bool) -> str:
     said = " ".join(f"{name}: {answer.rstrip('.')}." for name, answer in zip(names, answers, strict=True))
     return f"{said} They {'agree' if agree else 'differ'}."
-
-
-def _first_lower(question: str) -> str:
-    lowered = question[:1].lower() + question[1:]
-    return lowered if lowered.endswith(("?", ".", "!")) else f"{lowered}?"
