@@ -1,4 +1,4 @@
-"""What the trainings of all embedded bases share: the learning rate, the average of the weights, the state, the command."""
+"""What the trainings of all embedded bases share: the loop with its average of the weights and its state, and the command."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from polyalign.core.errors import UserError
@@ -43,11 +45,118 @@ def averaged(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None
     network.load_state_dict(raw)
 
 
-def write_state(file: Path, state: Mapping[str, Any]) -> None:
-    """Write what a killed run goes on from, so that the file is always a whole one."""
-    temporary = file.with_suffix(".tmp")
-    torch.save(dict(state), temporary)
-    temporary.replace(file)
+@dataclass(frozen=True)
+class Work:
+    """Where the states of a run lie, and what a state must have been made with to be gone on from."""
+
+    folder: Path
+    made_with: dict[str, Any]
+
+    def refuse_other(self, file: Path, found: dict[str, Any] | None) -> None:
+        """Raises UserError if a state was made with other settings or from other data, or does not say with which."""
+        aside = f"Move the folder {self.folder} away to start anew, or give another FOLDER"
+        if found is None:
+            raise UserError(f"{file}: does not say what it was made with (it is of an earlier version). {aside}")
+        changed = [
+            f"{name} was {found.get(name)}, now {self.made_with.get(name)}"
+            for name in dict.fromkeys([*self.made_with, *found])
+            if found.get(name) != self.made_with.get(name)
+        ]
+        if changed:
+            raise UserError(f"{file}: is of another run, which this one cannot go on from: {'; '.join(changed)}. {aside}")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long, how fast, and how often is saved: see :func:`rate_at` and :func:`follow`."""
+
+    steps: int
+    peak: float
+    warmup: int
+    ema: float
+    save_every: int
+
+
+class Stage:
+    """One network's training: an optimiser, an average of the weights, and a state on disk that makes a killed run go on.
+
+    Raises:
+        UserError: the state on disk is of another run.
+    """
+
+    def __init__(self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer, pace: Pace, work: Work):
+        self.name, self.network, self.optimizer, self.pace, self.work = name, network, optimizer, pace, work
+        self.average = {key: value.clone() for key, value in network.state_dict().items()}
+        self.file, self.start = work.folder / f"{name}.state.pt", 0
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            work.refuse_other(self.file, state.get("made_with"))
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.average, self.start = state["average"], state["step"]
+
+    def run(
+        self,
+        loss_of: Callable[[int], Tensor],
+        watch: Callable[[], Any] | None = None,
+        *,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        """Minimise ``loss_of(step)``, and leave the averaged weights in the network.
+
+        Args:
+            watch: called at every save with the averaged weights in the network; what it gives is printed.
+            before: called with the number of every step that is about to be made.
+        """
+        smooth, pace = None, self.pace
+        with Progress() as progress:
+            bar = progress.add_task(self.name, total=pace.steps, completed=self.start)
+            for step in range(self.start, pace.steps):
+                if before is not None:
+                    before(step)
+                loss = self._step(step, loss_of)
+                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+                progress.update(bar, advance=1, description=f"{self.name} {smooth:.4f}")
+                if (step + 1) % pace.save_every == 0 or step + 1 == pace.steps:
+                    self._save(step + 1)
+                    note = "" if watch is None else self._watched(watch)
+                    progress.console.print(f"{self.name} step {step + 1}: loss {smooth:.4f} {note}", highlight=False)
+        self.network.load_state_dict(self.average)
+
+    def _step(self, step: int, loss_of: Callable[[int], Tensor]) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(step, self.pace.steps, self.pace.peak, self.pace.warmup)
+        loss = loss_of(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        follow(self.average, self.network, step, ema=self.pace.ema)
+        return loss.item()
+
+    def _watched(self, watch: Callable[[], Any]) -> str:
+        with averaged(self.network, self.average):
+            found = watch()
+        return found if isinstance(found, str) else json.dumps(found)
+
+    def _save(self, step: int) -> None:
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": step,
+            "made_with": self.work.made_with,
+        }
+        temporary = self.file.with_suffix(".tmp")  # so that the file is always a whole one
+        torch.save(state, temporary)
+        temporary.replace(self.file)
+
+
+def timesteps(count: int, length: int, draws: torch.Generator, *, noisy_share: float, noisy_from: float) -> Tensor:
+    """(count,) timesteps below ``length``: uniform, and for ``noisy_share`` of them uniform above ``noisy_from * length``."""
+    everywhere = torch.randint(length, (count,), generator=draws)
+    noisy = torch.randint(int(noisy_from * length), length, (count,), generator=draws)
+    return torch.where(torch.rand(count, generator=draws) < noisy_share, noisy, everywhere)
 
 
 def run_command(train: Callable[[], tuple[dict[str, Any], str | None]]) -> None:

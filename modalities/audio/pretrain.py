@@ -28,19 +28,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from polyalign.core.environment import without_folders
-from polyalign.core.errors import UserError
 from polyalign.core.likelihood.schedules import NoiseSchedule
 from polyalign.core.randomness import rng, seed_of
 from polyalign.datasets.audio.waves import Wave
 from polyalign.datasets.worlds import sound_detector, sounds
 from polyalign.modalities.audio import tiny_architecture as tiny
 from polyalign.modalities.audio.mel_codec import MelCodec, MelSettings, PatchBasis, patches_of
-from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
+from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, timesteps, unfit_in_words
 
 MODULE = "polyalign.modalities.audio.pretrain"
 # What the base hears of each task. Orders take longest to learn, so they come more often.
@@ -104,85 +102,27 @@ def encode(clips: Tensor, settings: Settings, plain: MelSettings) -> tuple[Tenso
     return torch.cat([codec.basis.encode(part) for part in patches.split(200)]), codec
 
 
-def timesteps(count: int, length: int, settings: Settings, draws: torch.Generator) -> Tensor:
-    """(count,) timesteps below ``length``: uniform, and for ``noisy_share`` of them uniform above ``noisy_from * length``."""
-    everywhere = torch.randint(length, (count,), generator=draws)
-    noisy = torch.randint(int(settings.noisy_from * length), length, (count,), generator=draws)
-    return torch.where(torch.rand(count, generator=draws) < settings.noisy_share, noisy, everywhere)
+def stage_of(networks: nn.ModuleDict, settings: Settings, work: Work) -> Stage:
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    pace = Pace(settings.steps, settings.rate, settings.warmup, settings.ema, settings.save_every)
+    return Stage("base", networks, optimizer, pace, work)
 
 
-class Training:
-    """The networks, their optimiser, the average of their weights, and a state on disk that makes a killed run go on.
-
-    Raises:
-        UserError: the state on disk is of another run.
-    """
-
-    def __init__(self, networks: nn.ModuleDict, data: Data, settings: Settings, folder: Path, made_with: dict[str, Any]):
-        self.networks, self.data, self.settings, self.made_with = networks, data, settings, made_with
-        self.schedule = NoiseSchedule.from_scheduler_config(tiny.scheduler_config())
-        self.optimizer = torch.optim.AdamW(networks.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.average = {key: value.clone() for key, value in networks.state_dict().items()}
-        self.file, self.start = folder / "state.pt", 0
-        if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
-            if state["made_with"] != made_with:
-                raise UserError(f"{self.file}: is of a run with other settings. Move {folder} away, or give another FOLDER")
-            networks.load_state_dict(state["networks"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.start = state["average"], state["step"]
-
-    def run(self, watch: Any) -> None:
-        """Train to the end; ``watch()`` is called with the averaged weights at every save."""
-        smooth = None
-        with Progress() as progress:
-            bar = progress.add_task("base", total=self.settings.steps, completed=self.start)
-            for step in range(self.start, self.settings.steps):
-                loss = self._step(step)
-                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-                progress.update(bar, advance=1, description=f"base {smooth:.4f}")
-                if (step + 1) % self.settings.save_every == 0 or step + 1 == self.settings.steps:
-                    self._save(step + 1)
-                    with averaged(self.networks, self.average):
-                        figures = json.dumps(watch())
-                    progress.console.print(f"step {step + 1}: loss {smooth:.4f} {figures}", highlight=False)
-        self.networks.load_state_dict(self.average)
-
-    def _step(self, step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(step, self.settings.steps, self.settings.rate, self.settings.warmup)
-        loss = self.loss(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
-        self.optimizer.step()
-        follow(self.average, self.networks, step, ema=self.settings.ema)
-        return loss.item()
-
-    def loss(self, step: int) -> Tensor:
-        """mean (v - predicted)^2, v = a noise - s clean, at the step's rows, noise and timesteps."""
-        draws = rng(self.settings.seed, "base", step)
-        rows = torch.randint(len(self.data.latents), (self.settings.batch,), generator=draws)
-        clean = self.data.latents[rows]
-        noise = torch.randn(clean.shape, generator=draws)
-        times = timesteps(len(rows), len(self.schedule.signal), self.settings, draws)
-        dropped = (torch.rand(len(rows), generator=draws) < self.settings.empty_captions)[:, None]
-        ids = torch.where(dropped, self.data.empty[0], self.data.ids[rows])
-        mask = torch.where(dropped, self.data.empty[1], self.data.mask[rows])
-        signal, sigma = (table[times].view(-1, 1, 1, 1) for table in (self.schedule.signal, self.schedule.noise))
-        states = self.networks["text_encoder"](input_ids=ids, attention_mask=mask).last_hidden_state
-        predicted = tiny.predict(self.networks["denoiser"], signal * clean + sigma * noise, times, states, mask)
-        return F.mse_loss(predicted, signal * noise - sigma * clean)
-
-    def _save(self, step: int) -> None:
-        state = {
-            "networks": self.networks.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": step,
-            "made_with": self.made_with,
-        }
-        write_state(self.file, state)
+def loss_at(step: int, networks: nn.ModuleDict, data: Data, settings: Settings, schedule: NoiseSchedule) -> Tensor:
+    """mean (v - predicted)^2, v = a noise - s clean, at the step's rows, noise and timesteps."""
+    draws = rng(settings.seed, "base", step)
+    rows = torch.randint(len(data.latents), (settings.batch,), generator=draws)
+    clean = data.latents[rows]
+    noise = torch.randn(clean.shape, generator=draws)
+    noisy_ones = {"noisy_share": settings.noisy_share, "noisy_from": settings.noisy_from}
+    times = timesteps(len(rows), len(schedule.signal), draws, **noisy_ones)
+    dropped = (torch.rand(len(rows), generator=draws) < settings.empty_captions)[:, None]
+    ids = torch.where(dropped, data.empty[0], data.ids[rows])
+    mask = torch.where(dropped, data.empty[1], data.mask[rows])
+    signal, sigma = (table[times].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    states = networks["text_encoder"](input_ids=ids, attention_mask=mask).last_hidden_state
+    predicted = tiny.predict(networks["denoiser"], signal * clean + sigma * noise, times, states, mask)
+    return F.mse_loss(predicted, signal * noise - sigma * clean)
 
 
 @torch.no_grad()
@@ -262,8 +202,12 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
     latents, codec = encode(clips, settings, MelSettings())
     tokenizer, networks = tiny.build(words(), codec.settings, settings.seed)
     data = Data(latents, *tiny.tokenise(tokenizer, captions), tiny.tokenise(tokenizer, [""]))
-    training = Training(networks, data, settings, work, made_with(settings, codec.settings))
-    training.run(lambda: measure(networks, tokenizer, codec, settings, settings.watched))
+    schedule = NoiseSchedule.from_scheduler_config(tiny.scheduler_config())
+    stage = stage_of(networks, settings, Work(work, made_with(settings, codec.settings)))
+    stage.run(
+        lambda step: loss_at(step, networks, data, settings, schedule),
+        lambda: measure(networks, tokenizer, codec, settings, settings.watched),
+    )
     tiny.save(folder, tiny.Base(tokenizer, networks.half(), codec))
     kept = tiny.read(folder)  # measured as it is shipped: rounded to float16
     record = {

@@ -28,17 +28,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from polyalign.core.environment import without_folders
-from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng
 from polyalign.evaluation.weight_files import identity, weight_files
 from polyalign.modalities.image import tiny_architecture as tiny
 from polyalign.modalities.image.pretrain_data import Captioned, Drawings, Shapes, Source
 from polyalign.modalities.image.pretrain_text import Frozen, Learnt, Text, sentence_encoder
-from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
+from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, timesteps, unfit_in_words
 
 MODULE = "polyalign.modalities.image.pretrain"
 
@@ -66,77 +64,9 @@ class Settings:
     save_every: int = 1000
 
 
-@dataclass(frozen=True)
-class Work:
-    """Where the states of a run lie, and what a state must have been made with to be gone on from."""
-
-    folder: Path
-    made_with: dict[str, Any]
-
-    def refuse_other(self, file: Path, found: dict[str, Any] | None) -> None:
-        """Raises UserError if a state was made with other settings or from other pictures, or does not say with which."""
-        aside = f"Move the folder {self.folder} away to start anew, or give another FOLDER"
-        if found is None:
-            raise UserError(f"{file}: does not say what it was made with (it is of an earlier version). {aside}")
-        changed = [
-            f"{name} was {found.get(name)}, now {self.made_with.get(name)}"
-            for name in dict.fromkeys([*self.made_with, *found])
-            if found.get(name) != self.made_with.get(name)
-        ]
-        if changed:
-            raise UserError(f"{file}: is of another run, which this one cannot go on from: {'; '.join(changed)}. {aside}")
-
-
-class Stage:
-    """One network's training: AdamW, an average of the weights, and a state on disk that makes a killed run go on.
-
-    Raises:
-        UserError: the state on disk is of another run.
-    """
-
-    def __init__(self, name: str, network: nn.Module, *, steps: int, peak: float, settings: Settings, work: Work):
-        self.name, self.network, self.steps, self.peak, self.settings = name, network, steps, peak, settings
-        self.work, self.file = work, work.folder / f"{name}.state.pt"
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
-        self.average = {key: value.clone() for key, value in network.state_dict().items()}
-        self.start = 0
-        if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
-            work.refuse_other(self.file, state.get("made_with"))
-            network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.start = state["average"], state["step"]
-
-    def run(self, loss_of: Any, watch: Any = None) -> None:
-        """Minimise ``loss_of(step)``; ``watch(step)`` is called with the averaged weights at every save."""
-        smooth = None
-        with Progress() as progress:
-            bar = progress.add_task(self.name, total=self.steps, completed=self.start)
-            for step in range(self.start, self.steps):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate_at(step, self.steps, self.peak, self.settings.warmup)
-                loss = loss_of(step)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-                self.optimizer.step()
-                follow(self.average, self.network, step, ema=self.settings.ema)
-                smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-                progress.update(bar, advance=1, description=f"{self.name} {smooth:.4f}")
-                if (step + 1) % self.settings.save_every == 0 or step + 1 == self.steps:
-                    self._save(step + 1)
-                    note = watch(step + 1) if watch else ""
-                    progress.console.print(f"{self.name} step {step + 1}: loss {smooth:.4f} {note}", highlight=False)
-
-    def _save(self, step: int) -> None:
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": step,
-            "made_with": self.work.made_with,
-        }
-        write_state(self.file, state)
+def stage_of(name: str, network: nn.Module, steps: int, peak: float, settings: Settings, work: Work) -> Stage:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    return Stage(name, network, optimizer, Pace(steps, peak, settings.warmup, settings.ema, settings.save_every), work)
 
 
 def indices_of(step: int, batch: int, settings: Settings, purpose: str) -> Tensor:
@@ -145,9 +75,7 @@ def indices_of(step: int, batch: int, settings: Settings, purpose: str) -> Tenso
 
 def train_autoencoder(pipeline: Any, pictures: Tensor, settings: Settings, work: Work) -> None:
     vae = pipeline.vae
-    stage = Stage(
-        "autoencoder", vae, steps=settings.autoencoder_steps, peak=settings.autoencoder_rate, settings=settings, work=work
-    )
+    stage = stage_of("autoencoder", vae, settings.autoencoder_steps, settings.autoencoder_rate, settings, work)
 
     def loss_of(step: int) -> Tensor:
         picture = pictures[indices_of(step, settings.autoencoder_batch, settings, "autoencoder")]
@@ -156,13 +84,12 @@ def train_autoencoder(pipeline: Any, pictures: Tensor, settings: Settings, work:
         again = vae.decode(posterior.mean + posterior.std * noise).sample
         return F.l1_loss(again, picture) + F.mse_loss(again, picture) + settings.kl_weight * posterior.kl().mean()
 
-    def watch(step: int) -> str:
-        with torch.no_grad(), averaged(vae, stage.average):
-            again = vae.decode(vae.encode(pictures[:200]).latent_dist.mean).sample
+    @torch.no_grad()
+    def watch() -> str:
+        again = vae.decode(vae.encode(pictures[:200]).latent_dist.mean).sample
         return f"mean squared error {F.mse_loss(again, pictures[:200]):.5f}"
 
     stage.run(loss_of, watch)
-    vae.load_state_dict(stage.average)
 
 
 @torch.no_grad()
@@ -173,38 +100,25 @@ def encode(pipeline: Any, pictures: Tensor) -> Tensor:
     return means * pipeline.vae.config.scaling_factor
 
 
-def timesteps(count: int, length: int, settings: Settings, draws: torch.Generator) -> Tensor:
-    """(count,) timesteps below ``length``: uniform, and for ``noisy_share`` of them uniform above ``noisy_from * length``."""
-    everywhere = torch.randint(length, (count,), generator=draws)
-    noisy = torch.randint(int(settings.noisy_from * length), length, (count,), generator=draws)
-    return torch.where(torch.rand(count, generator=draws) < settings.noisy_share, noisy, everywhere)
-
-
 def train_denoiser(pipeline: Any, latents: Tensor, text: Text, source: Source, settings: Settings, work: Work) -> None:
     together = nn.ModuleDict({"unet": pipeline.unet, **text.trained})
     signal = pipeline.scheduler.alphas_cumprod
-    stage = Stage(
-        "denoiser", together, steps=settings.denoiser_steps, peak=settings.denoiser_rate, settings=settings, work=work
-    )
+    stage = stage_of("denoiser", together, settings.denoiser_steps, settings.denoiser_rate, settings, work)
 
     def loss_of(step: int) -> Tensor:
         draws = rng(settings.seed, "denoiser", step)
         rows = torch.randint(settings.pictures, (settings.denoiser_batch,), generator=draws)
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=draws)
-        times = timesteps(len(rows), len(signal), settings, draws)
+        noisy_ones = {"noisy_share": settings.noisy_share, "noisy_from": settings.noisy_from}
+        times = timesteps(len(rows), len(signal), draws, **noisy_ones)
         told = text.told(rows, torch.rand(len(rows), generator=draws) < settings.empty_captions)
         alpha, sigma = signal[times].sqrt().view(-1, 1, 1, 1), (1 - signal[times]).sqrt().view(-1, 1, 1, 1)
         noisy = alpha * clean + sigma * noise
         predicted = pipeline.unet(noisy, times, told.states, added_cond_kwargs=told.added).sample
         return F.mse_loss(predicted, alpha * noise - sigma * clean)
 
-    def watch(step: int) -> str:
-        with averaged(together, stage.average):
-            return json.dumps(measure(pipeline, source, settings, count=120))
-
-    stage.run(loss_of, watch)
-    together.load_state_dict(stage.average)
+    stage.run(loss_of, lambda: measure(pipeline, source, settings, count=120))
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -25,11 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from polyalign.core.environment import without_folders
-from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng, seed_of
 from polyalign.datasets.lidar.samples import augmentation
 from polyalign.modalities.lidar.checkpoints import CompletionNetworks, open_completion, save_completion
@@ -40,7 +38,7 @@ from polyalign.modalities.lidar.measuring import completions, means, qualities
 from polyalign.modalities.lidar.minkunet import MinkGlobalEnc, MinkUNetDiff, scaled
 from polyalign.modalities.lidar.scenes import Scene, SceneSettings, scenes
 from polyalign.modalities.lidar.sparse import voxelise
-from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
+from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, unfit_in_words
 
 MODULE = "polyalign.modalities.lidar.pretrain"
 WEIGHTS = "completion.safetensors"
@@ -125,7 +123,7 @@ def draw(given: Sequence[Scene], settings: Settings, step: int) -> Drawn:
 
 
 class Training:
-    """The networks, their optimiser, the average of their weights, and a state on disk that makes a killed run go on.
+    """The networks in a :class:`Stage`. From ``frozen_from`` of the steps on, batch normalisation takes averaged statistics.
 
     Raises:
         UserError: the state on disk is of another run.
@@ -136,76 +134,35 @@ class Training:
             torch.manual_seed(settings.seed)
             self.networks = Networks(settings.width)
         self.given, self.settings, self.schedule = given, settings, noise_schedule()
-        self.optimizer = torch.optim.Adam(self.networks.parameters(), lr=settings.rate, betas=(0.9, 0.99))
-        self.average = {key: value.clone() for key, value in self.networks.state_dict().items()}
-        self.file, self.start = folder / "state.pt", 0
-        if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
-            if state["made_with"] != asdict(settings):
-                raise UserError(f"{self.file}: is of a run with other settings. Move {folder} away, or give another FOLDER")
-            self.networks.load_state_dict(state["networks"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.start = state["average"], state["step"]
-
-    @property
-    def _frozen_step(self) -> int:
-        return round(self.settings.frozen_from * self.settings.steps)
+        optimizer = torch.optim.Adam(self.networks.parameters(), lr=settings.rate, betas=(0.9, 0.99))
+        pace = Pace(settings.steps, settings.rate, settings.warmup, settings.ema, settings.save_every)
+        self.stage = Stage("scenes", self.networks, optimizer, pace, Work(folder, asdict(settings)))
 
     def run(self, watch: Any) -> None:
-        smooth = None
-        if self.start > self._frozen_step:
+        """``watch(networks)`` is called at every save with the averaged weights in them, in evaluation mode."""
+
+        def watched() -> Any:
+            self.networks.eval()
+            found = watch(self.networks)
+            self.networks.train()
+            return found
+
+        self.stage.run(self._loss, watched, before=self._freeze)
+
+    def _freeze(self, step: int) -> None:
+        """From ``frozen_from`` on the averaged batch statistics, and no others; a run that goes on has them in its state."""
+        first = round(self.settings.frozen_from * self.settings.steps)
+        if step == first:
+            statistics = {key: value for key, value in self.stage.average.items() if ".running_" in key}
+            self.networks.load_state_dict(statistics, strict=False)
+        if step == first or step == self.stage.start > first:
             freeze_statistics(self.networks)
-        with Progress() as progress:
-            bar = progress.add_task("scenes", total=self.settings.steps, completed=self.start)
-            for step in range(self.start, self.settings.steps):
-                if step == self._frozen_step:
-                    self._freeze()
-                loss = self._step(step)
-                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-                progress.update(bar, advance=1, description=f"scenes {smooth:.4f}")
-                if (step + 1) % self.settings.save_every == 0 or step + 1 == self.settings.steps:
-                    self._save(step + 1)
-                    figures = json.dumps(self.averaged(watch))
-                    progress.console.print(f"step {step + 1}: loss {smooth:.4f} {figures}", highlight=False)
-        self.networks.load_state_dict(self.average)
 
-    def _freeze(self) -> None:
-        """From here on the averaged batch statistics, and no others."""
-        statistics = {key: self.average[key] for key in self.average if ".running_" in key}
-        self.networks.load_state_dict(statistics, strict=False)
-        freeze_statistics(self.networks)
-
-    def _step(self, step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(step, self.settings.steps, self.settings.rate, self.settings.warmup)
+    def _loss(self, step: int) -> Tensor:
         drawn = draw(self.given, self.settings, step)
         noisy = add_noise(self.schedule, drawn.full, drawn.noise, drawn.levels, "local")
         predicted = self.networks(noisy, drawn.scans, drawn.levels)
-        loss = denoising_loss(predicted, drawn.noise, regularisation=self.settings.regularisation)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
-        self.optimizer.step()
-        follow(self.average, self.networks, step, ema=self.settings.ema)
-        return loss.item()
-
-    def averaged(self, watch: Any) -> Any:
-        """``watch(networks)`` with the averaged weights in them, in evaluation mode."""
-        with averaged(self.networks, self.average):
-            self.networks.eval()
-            found = watch(self.networks)
-        self.networks.train()
-        return found
-
-    def _save(self, step: int) -> None:
-        state = {
-            "networks": self.networks.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": step,
-            "made_with": asdict(self.settings),
-        }
-        write_state(self.file, state)
+        return denoising_loss(predicted, drawn.noise, regularisation=self.settings.regularisation)
 
 
 def measure(

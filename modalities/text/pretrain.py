@@ -24,16 +24,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from polyalign.core.environment import without_folders
-from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.clinical.stay import prompt_of
 from polyalign.datasets.worlds import clinical
-from polyalign.modalities.pretraining import averaged, follow, rate_at, run_command, unfit_in_words, write_state
+from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, unfit_in_words
 from polyalign.modalities.text import tiny_architecture as tiny
 
 MODULE = "polyalign.modalities.text.pretrain"
@@ -106,67 +104,17 @@ class Data:
         return [*first, *second, self.end], len(first)
 
 
-class Training:
-    """The network, its optimiser, the average of its weights, and a state on disk that makes a killed run go on.
+def stage_of(network: LlamaForCausalLM, settings: Settings, folder: Path) -> Stage:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    pace = Pace(settings.steps, settings.rate, settings.warmup, settings.ema, settings.save_every)
+    return Stage("summaries", network, optimizer, pace, Work(folder, asdict(settings)))
 
-    Raises:
-        UserError: the state on disk is of another run.
-    """
 
-    def __init__(self, network: LlamaForCausalLM, data: Data, settings: Settings, folder: Path):
-        self.network, self.data, self.settings = network, data, settings
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
-        self.average = {key: value.clone() for key, value in network.state_dict().items()}
-        self.file, self.start = folder / "state.pt", 0
-        if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
-            if state["made_with"] != asdict(settings):
-                raise UserError(f"{self.file}: is of a run with other settings. Move {folder} away, or give another FOLDER")
-            network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.start = state["average"], state["step"]
-
-    def run(self, watch: Any) -> None:
-        smooth = None
-        with Progress() as progress:
-            bar = progress.add_task("summaries", total=self.settings.steps, completed=self.start)
-            for step in range(self.start, self.settings.steps):
-                loss = self._step(step)
-                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-                progress.update(bar, advance=1, description=f"summaries {smooth:.4f}")
-                if (step + 1) % self.settings.save_every == 0 or step + 1 == self.settings.steps:
-                    self._save(step + 1)
-                    figures = json.dumps(self.averaged(watch))
-                    progress.console.print(f"step {step + 1}: loss {smooth:.4f} {figures}", highlight=False)
-        self.network.load_state_dict(self.average)
-
-    def _step(self, step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(step, self.settings.steps, self.settings.rate, self.settings.warmup)
-        ids, labels = self.data.batch(step)
-        logits = self.network(ids[:, :-1]).logits  # rows are padded on the right, where a causal model does not look
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        follow(self.average, self.network, step, ema=self.settings.ema)
-        return loss.item()
-
-    def averaged(self, watch: Any) -> Any:
-        """``watch(network)`` with the averaged weights in it."""
-        with averaged(self.network, self.average):
-            return watch(self.network)
-
-    def _save(self, step: int) -> None:
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": step,
-            "made_with": asdict(self.settings),
-        }
-        write_state(self.file, state)
+def loss_at(step: int, network: LlamaForCausalLM, data: Data) -> Tensor:
+    """Mean cross-entropy of the summaries' tokens. Rows are padded on the right, where a causal model does not look."""
+    ids, labels = data.batch(step)
+    logits: Any = network(ids[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -228,9 +176,11 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
     tokenizer = tiny.tokenizer_of(
         text for row in random_rows(settings.tokenizer_stays, settings.seed, "tokenizer", 0) for text in row
     )
-    training = Training(tiny.build(tokenizer, settings.seed), Data(tokenizer, settings), settings, work)
-    training.run(lambda network: measure(network, tokenizer, settings, settings.measured // 2))
-    training.network.to(torch.float16).save_pretrained(folder)
+    network, data = tiny.build(tokenizer, settings.seed), Data(tokenizer, settings)
+    stage_of(network, settings, work).run(
+        lambda step: loss_at(step, network, data), lambda: measure(network, tokenizer, settings, settings.measured // 2)
+    )
+    network.to(torch.float16).save_pretrained(folder)
     tokenizer.padding_side = "right"
     tokenizer.save_pretrained(folder)
     kept = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)  # measured as it is shipped: rounded to float16

@@ -17,9 +17,10 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from polyalign.core.errors import UserError
 from polyalign.modalities.image import pretrain
 from polyalign.modalities.image.adapter import ImageAdapter
-from polyalign.modalities.image.pretrain import Settings, Stage, Work
+from polyalign.modalities.image.pretrain import Settings
 from polyalign.modalities.image.pretrain_data import Captioned, Drawings, Shapes
 from polyalign.modalities.image.settings import ImageModelSettings
+from polyalign.modalities.pretraining import Pace, Stage, Work
 
 
 class FewMeasured(Shapes):
@@ -79,7 +80,8 @@ def trained(folder: Path, steps: int, stop: int | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 1)
     folder.mkdir(exist_ok=True)
-    stage = Stage("small", network, steps=steps, peak=1e-2, settings=settings(save_every=2), work=Work(folder, {"seed": 1}))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    stage = Stage("small", network, optimizer, Pace(steps, 1e-2, warmup=2, ema=0.9, save_every=2), Work(folder, {"seed": 1}))
 
     def loss_of(step: int) -> torch.Tensor:
         if step == stop:

@@ -1,7 +1,7 @@
 """Bad scans on their way through maps and training: refused by file, nothing half-written left, and all well once mended.
 
-The environment variable POLYALIGN_LIDAR_SAMPLES may name a folder of real consecutive scans (``kitti*.npz`` with ``xyz_cm``), which then
-go through loading, map building and metrics; nothing else here needs it.
+The environment variable POLYALIGN_LIDAR_SAMPLES may name a folder of real consecutive scans (``kitti*.npz`` with ``xyz_cm``),
+which then go through loading, map building and metrics; nothing else here needs it.
 """
 
 from __future__ import annotations

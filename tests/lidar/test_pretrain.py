@@ -61,12 +61,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(given: list[Scene], tmp_path: 
     with pytest.raises(Killed):
         base.Training(given, SETTINGS, tmp_path / "parts").run(killed)
     resumed = base.Training(given, SETTINGS, tmp_path / "parts")
-    assert resumed.start == 2
+    assert resumed.stage.start == 2
     resumed.run(lambda _: 0)
     found = resumed.networks.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in whole.networks.state_dict().items())
     assert all(module.frozen for module in whole.networks.modules() if isinstance(module, SparseBatchNorm))
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="is of another run"):
         base.Training(given, replace(SETTINGS, rate=1e-4), tmp_path / "parts")
 
 
