@@ -74,7 +74,8 @@ def chamfer(distances: NearestDistances, *, squared: bool = False, direction: Di
     """
     halves = [distances.pred_to_gt, distances.gt_to_pred]
     chosen = {"both": halves, "pred_to_gt": halves[:1], "gt_to_pred": halves[1:]}[direction]
-    return float(np.mean([np.mean(half**2 if squared else half) for half in chosen]))
+    means = [float(np.mean(half**2 if squared else half)) for half in chosen]
+    return sum(means) / len(means)
 
 
 def precision_recall(distances: NearestDistances, threshold: float) -> PrecisionRecall:
