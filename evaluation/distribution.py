@@ -12,7 +12,6 @@ Letters: N reference features, M generated ones, D their width, R half-samples. 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write
 from polyalign.core.randomness import seed_of
+from polyalign.evaluation.measuring_command import tell
 from polyalign.evaluation.statistics import wilson_interval
 
 HALVES = 50
@@ -238,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="keys the half-samples of the intervals")
     parser.add_argument("--out", type=Path, help="JSON file to write; without it the JSON is printed")
     asked = parser.parse_args(arguments)
-    try:
+
+    def measure() -> dict[str, Any]:
         space = open_space(asked.features, model=asked.model, architecture=asked.architecture, device=asked.device)
         found = compare_folders(
             asked.reference,
@@ -248,14 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             neighbours=asked.neighbours,
         )
         folders = {"reference": str(asked.reference), "generated": str(asked.generated)}
-        text = json.dumps({**found, "features": space.as_json(), "folders": folders, "seed": asked.seed}, indent=1) + "\n"
-        if asked.out is not None:
-            atomic_write(asked.out, text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(text if asked.out is None else asked.out)
-    return 0
+        return {**found, "features": space.as_json(), "folders": folders, "seed": asked.seed}
+
+    return tell(measure, asked.out)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write
 from polyalign.core.randomness import seed_of
 from polyalign.evaluation.audio import metrics
 from polyalign.evaluation.audio.sound import read_sound, sound_files
 from polyalign.evaluation.audio.spaces import SPACES, Heard, SoundSpace, open_space
 from polyalign.evaluation.distribution import HALVES, around, frechet_distance, halves_of, kernel_distance
+from polyalign.evaluation.measuring_command import tell
 from polyalign.evaluation.statistics import bootstrap_mean
 
 LEAST_FILES = 4
@@ -211,7 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="keys the half-samples and the bootstrap of the intervals")
     parser.add_argument("--out", type=Path, help="JSON file to write; without it the JSON is printed")
     asked = parser.parse_args(arguments)
-    try:
+
+    def measure() -> dict[str, Any]:
         space = open_space(asked.features, asked.model, device=asked.device)
         if asked.captions is not None and space.texts is None:
             raise UserError(f"--captions goes with --features clap; {asked.features} has no texts")
@@ -219,14 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asked.reference, asked.generated, space, seed=asked.seed, batch_size=asked.batch_size, captions=asked.captions
         )
         folders = {"reference": str(asked.reference), "generated": str(asked.generated)}
-        text = json.dumps({**found, "features": space.as_json(), "folders": folders, "seed": asked.seed}, indent=1) + "\n"
-        if asked.out is not None:
-            atomic_write(asked.out, text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(text if asked.out is None else asked.out)
-    return 0
+        return {**found, "features": space.as_json(), "folders": folders, "seed": asked.seed}
+
+    return tell(measure, asked.out)
 
 
 if __name__ == "__main__":

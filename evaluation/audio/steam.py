@@ -10,7 +10,6 @@ compare with each other and not with published ones.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write
 from polyalign.core.progress import ProgressLine
 from polyalign.evaluation import weight_files as files
 from polyalign.evaluation.audio import clap, tagger
 from polyalign.evaluation.audio.locating import ClapLocator, Locator, TaggerLocator, Windows
 from polyalign.evaluation.audio.sound import RESAMPLER, read_sound, sound_files
 from polyalign.evaluation.audio.temporal import OVERLAP, Found, outcome, summary
+from polyalign.evaluation.measuring_command import tell
 from polyalign.evaluation.network_judge import device_of
 from polyalign.evaluation.statistics import wilson_interval
 
@@ -137,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda")
     parser.add_argument("--out", type=Path, help="JSON file to write; without it the JSON is printed")
     asked = parser.parse_args(arguments)
-    try:
+
+    def measure() -> dict[str, Any]:
         tests = read_tests(asked.tests)
         sounds = {path.stem: path for path in sound_files(asked.sounds)}
         lone = [test.name for test in tests if test.name not in sounds]
@@ -146,14 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         looked = Windows(width=asked.width, hop=asked.hop, presence=asked.presence)
         locator, told = open_locator(asked.detector, asked.model, looked, device=asked.device)
         found = evaluate(tests, lambda test: locator(read_sound(sounds[test.name]), [test.former, test.later]))
-        text = json.dumps({**found, "made_with": told, "tests": files.digest([asked.tests])}, indent=1) + "\n"
-        if asked.out is not None:
-            atomic_write(asked.out, text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(text if asked.out is None else asked.out)
-    return 0
+        return {**found, "made_with": told, "tests": files.digest([asked.tests])}
+
+    return tell(measure, asked.out)
 
 
 if __name__ == "__main__":
