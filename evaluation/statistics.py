@@ -36,6 +36,8 @@ class WinRate:
     rate_with_ties: float
     bootstrap: Interval
     sign_test_p: float
+    prompts: int
+    """Different prompts (clusters) among the pairs."""
 
     @property
     def decided(self) -> int:
@@ -52,6 +54,7 @@ class WinRate:
             "rate_with_ties": self.rate_with_ties,
             "bootstrap": list(self.bootstrap),
             "sign_test_p": self.sign_test_p,
+            "prompts": self.prompts,
         }
 
 
@@ -184,6 +187,7 @@ def paired_win_rate(
         rate_with_ties=mean,
         bootstrap=interval,
         sign_test_p=sign_test(wins, losses),
+        prompts=len(gains) if prompts is None else len(set(prompts)),
     )
 
 

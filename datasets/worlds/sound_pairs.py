@@ -84,7 +84,7 @@ def write(pairs: Iterator[Preferred], folder: Path, count: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("recordings", type=Path, help="a folder of short sounds for each event, named as in captions")
+    parser.add_argument("recordings", type=Path, help="holds a folder for each event, named as in captions, two sounds or more")
     parser.add_argument("folder", type=Path, help="where the pairs go; must not be there yet")
     parser.add_argument("--count", type=int, default=200, help="how many pairs (default 200)")
     parser.add_argument("--split", choices=("train", "heldout"), default="train", help="of the recordings; a third is held out")

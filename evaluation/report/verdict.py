@@ -27,6 +27,10 @@ class Thresholds:
     """Of the exact sign test, asked besides the intervals: 4 wins to 0 has a Wilson interval above 0.5 and p = 0.125. The
     bootstrap is asked too, since it alone knows that several seeds of one prompt are not independent."""
 
+    least_prompts: int = 6
+    """Prompts (or streets) that a verdict needs: from six on, wins on all of them have p < 0.05. Seeds of one prompt are not
+    independent, and a bootstrap over fewer prompts is narrower than it should be."""
+
     loss_growth: float = 1.5
     """Loss at the end over loss at the start. DPO starts at ln 2 = 0.693 with nothing learnt; half as much again (1.04) is the
     loss of a policy that prefers the rejected side by a margin of 0.6 on every pair."""
@@ -180,16 +184,24 @@ def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
         Rule(
             "better than the base",
             "improved",
-            "the 95 % intervals of the win rate (Wilson over decided pairs, bootstrap over prompts) lie above 0.5 and the "
-            f"sign test gives p < {limits.significance:g}",
+            "the 95 % intervals of the win rate (Wilson over decided pairs, bootstrap over prompts) lie above 0.5, the "
+            f"sign test gives p < {limits.significance:g}, and there were {limits.least_prompts} prompts at least",
             found,
             better,
         ),
         Rule(
-            "no difference beyond chance", "no change", "an evaluation exists and no rule above fired", found, rate is not None
+            "no difference beyond chance",
+            "no change",
+            "an evaluation exists, the model is not better by the rule above, and no other rule fired",
+            found,
+            None if rate is None else not better,
         ),
         Rule(
-            "nothing to judge by", "not evaluated", "the run has no evaluation and no rule above fired", "no evaluation", True
+            "nothing to judge by",
+            "not evaluated",
+            "the run has no evaluation that a judge decided",
+            found if rate is None else "a judge",
+            rate is None,
         ),
     ]
     left_out = () if data.outputs in ("picture", "sound") else OF_PICTURES
@@ -198,13 +210,19 @@ def ask(data: ReportData, limits: Thresholds = THRESHOLDS) -> list[Rule]:
 
 
 def is_better(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
-    """Both intervals above one half, and the sign test agrees."""
-    return rate["wilson"][0] > 0.5 and rate["bootstrap"][0] > 0.5 and rate["sign_test_p"] < limits.significance
+    """Both intervals above one half, the sign test agrees, and there were enough prompts."""
+    both = rate["wilson"][0] > 0.5 and rate["bootstrap"][0] > 0.5
+    return both and _enough(rate, limits) and rate["sign_test_p"] < limits.significance
 
 
 def is_worse(rate: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> bool:
-    """Both intervals below one half, and the sign test agrees."""
-    return rate["wilson"][1] < 0.5 and rate["bootstrap"][1] < 0.5 and rate["sign_test_p"] < limits.significance
+    """Both intervals below one half, the sign test agrees, and there were enough prompts."""
+    both = rate["wilson"][1] < 0.5 and rate["bootstrap"][1] < 0.5
+    return both and _enough(rate, limits) and rate["sign_test_p"] < limits.significance
+
+
+def _enough(rate: Mapping[str, Any], limits: Thresholds) -> bool:
+    return rate.get("prompts", limits.least_prompts) >= limits.least_prompts  # evaluations of older versions do not say
 
 
 def counts(rate: Mapping[str, Any]) -> str:

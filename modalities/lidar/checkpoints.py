@@ -83,7 +83,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first sentence: torch goes on to advise what is refused here."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.split(". ")[0].rstrip(".")
 
 
 def open_completion(path: Path, layout: str | None = None) -> CompletionNetworks:

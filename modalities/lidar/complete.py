@@ -24,6 +24,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.lidar.files import read_scan
+from polyalign.datasets.lidar.filters import PointFilter
 from polyalign.evaluation.lidar_metrics.distances import checked_cloud
 from polyalign.modalities.lidar.checkpoints import CompletionNetworks, open_completion, open_refinement
 from polyalign.modalities.lidar.completion import CompletionSettings, complete, postprocess, refine
@@ -99,6 +100,8 @@ def open_completer(
         UserError: no such model, or settings that are none.
     """
     place = TINY_BASE if model == "tiny" else Path(model).expanduser()
+    if steps is not None and steps < 1:
+        raise UserError(f"steps is {steps}: a completion takes 1 step or more")
     said: dict[str, Any] = TINY if model == "tiny" else {"sampler": {}, "data": {}, "steps": PUBLISHED_STEPS}
     if place.is_dir():
         said, place = _settings(place / SETTINGS), place / WEIGHTS
@@ -112,12 +115,14 @@ def open_completer(
     networks.denoiser.to(device)
     networks.encoder.to(device)
     finer = None if refinement is None else open_refinement(refinement).to(device)
-    return Completer(networks, sampler, data, steps or int(said["steps"]), finer)
+    return Completer(networks, sampler, data, int(said["steps"]) if steps is None else steps, finer)
 
 
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}: it is no export of a LiDAR run. Name its checkpoint file instead")
+        adapter = path.parent / "adapter"
+        instead = f"Did you mean {adapter}?" if (adapter / path.name).is_file() else "Name its checkpoint file instead"
+        raise UserError(f"{path.parent} has no {path.name}: it is no export of a LiDAR run. {instead}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {"sampler": dict(found["sampler"]), "data": dict(found["data"]), "steps": int(found["steps"])}
@@ -134,7 +139,8 @@ def read_points(path: Path) -> np.ndarray:
     if path.suffix == ".bin":
         return read_scan(path)
     if path.suffix not in (".npy", ".npz"):
-        raise UserError(f"{path}: scans are read from .bin, .npy and .npz")
+        found = "a folder; name the files in it" if path.is_dir() else path.suffix or "no ending"
+        raise UserError(f"{path}: scans are read from .bin, .npy and .npz, found {found}")
     if not path.is_file():
         raise UserError(f"there is no scan {path}")
     try:
@@ -166,7 +172,9 @@ def cloud_bytes(cloud: np.ndarray, form: str) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="complete", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m polyalign.modalities.lidar.complete", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("scans", nargs="+", type=Path, metavar="SCAN", help="velodyne .bin, .npy, or .npz files")
     parser.add_argument("--model", default="tiny", help="export or adapter folder, checkpoint, or tiny (default)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where completions go")
@@ -209,9 +217,12 @@ def _complete_all(options: argparse.Namespace) -> None:
         if target.is_file():
             print(f"{target}: is there already, kept")
             continue
-        made = completer(read_points(path), seed_of(options.seed, "complete", path.stem))
+        points, reach = read_points(path), completer.data.max_range
+        made = completer(points, seed_of(options.seed, "complete", path.stem))
         atomic_write(target, cloud_bytes(made, options.format))
-        print(f"{target}: {len(made)} points")
+        near = int(PointFilter(farthest=reach).keep(points).sum())
+        begun = min(near, completer.data.scan_points)
+        print(f"{target}: {len(made)} points, begun from {begun} of {near} within {reach:g} m ({len(points)} in the scan)")
 
 
 if __name__ == "__main__":

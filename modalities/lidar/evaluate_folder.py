@@ -174,7 +174,10 @@ def _map_of(protocol: Protocol, rows_file: Path) -> SceneMap:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate_folder", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m polyalign.modalities.lidar.evaluate_folder",
+        description="Scene metrics of a folder of completions against SemanticKITTI, in the papers' protocol.",
+    )
     parser.add_argument("completions", type=Path, help="folder of 000123.ply, .npy, .bin or .npz")
     parser.add_argument("--kitti", type=Path, required=True, metavar="ROOT", help="what holds dataset/sequences or sequences")
     parser.add_argument("--sequence", default="08")

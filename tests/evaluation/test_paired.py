@@ -42,7 +42,7 @@ def test_the_block_is_the_contract():
     assert report["prompts"] == 3
     rate = report["win_rate"]
     assert (rate["wins"], rate["losses"], rate["ties"], rate["rate"], rate["rate_with_ties"]) == (1, 1, 1, 0.5, 0.5)
-    assert set(rate) == {"wins", "losses", "ties", "rate", "wilson", "rate_with_ties", "bootstrap", "sign_test_p"}
+    assert set(rate) == {"wins", "losses", "ties", "rate", "wilson", "rate_with_ties", "bootstrap", "sign_test_p", "prompts"}
     assert report["scores"]["base"]["mean"] == 2.0 and len(report["scores"]["aligned"]["interval"]) == 2
     assert report["tasks"] == {
         "short": {"base": 1.0, "aligned": 3.0, "n": 1},
