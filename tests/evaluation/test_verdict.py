@@ -163,6 +163,16 @@ def test_few_wins_are_no_improvement(make_run):
     assert decide(collect(run)).state == "no change"
 
 
+def test_seeds_of_few_prompts_do_not_make_a_verdict(make_run):
+    run = make_run("improved")
+    edit(run, win_rate={**rate(40, 0), "prompts": 5})
+    assert decide(collect(run)).state == "no change"
+    edit(run, win_rate={**rate(40, 0), "prompts": 6})
+    verdict = decide(collect(run))
+    assert verdict.state == "improved"
+    assert [rule.name for rule in verdict.rules if rule.fired] == ["better than the base"], "no other rule holds beside it"
+
+
 def test_seeds_of_one_prompt_do_not_make_an_improvement(make_run):
     run = make_run("improved")
     edit(run, win_rate={**rate(40, 10), "bootstrap": [0.45, 0.95]})

@@ -94,8 +94,14 @@ def test_bad_scans_are_refused_by_name(place: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_folder_without_settings_and_a_damaged_one_are_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no export of a LiDAR run"):
+    with pytest.raises(UserError, match="no export of a LiDAR run. Name its checkpoint"):
         complete.open_completer(str(tmp_path))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "completion.json").write_text("{}")
+    with pytest.raises(UserError, match=r"Did you mean .*adapter\?"):
+        complete.open_completer(str(tmp_path))
+    with pytest.raises(UserError, match="steps is 0"):
+        complete.open_completer("tiny", steps=0)
     (tmp_path / "completion.json").write_text('{"sampler": {}}')
     with pytest.raises(UserError, match="is damaged"):
         complete.open_completer(str(tmp_path))
