@@ -13,3 +13,10 @@ class UserError(Exception):
     def __init__(self, message: str, *, exit_code: int = 2):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's error in one sentence, its first, for the brackets of a :class:`UserError`: torch's go on to advise what is
+    refused here."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from polyalign.core.errors import UserError
+from polyalign.core.errors import UserError, reason_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)/([\w.+/ -]+)")
@@ -147,7 +147,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is refused: it is damaged, or a pickle that holds more than weights, and reading that could run code "
-            f"({_first_line(error)})"
+            f"({reason_of(error)})"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -207,10 +207,6 @@ def _fetched(
     except (OSError, ValueError) as error:
         what = repository if name is None else f"{name} of {repository}"
         raise UserError(
-            f"{option}: {what} could not be fetched from the model hub ({_first_line(error)}). Check the name and the network, "
+            f"{option}: {what} could not be fetched from the model hub ({reason_of(error)}). Check the name and the network, "
             "or give a folder or file that is on this machine."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

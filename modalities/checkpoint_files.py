@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from polyalign.core.errors import UserError
+from polyalign.core.errors import UserError, reason_of
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -33,7 +33,7 @@ def refuse_code(file: Path) -> None:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
             f"{file} is refused: it is a pickle that holds more than weights, or it is damaged "
-            f"({str(error).splitlines()[0]}). Reading it could run code. Take the .safetensors version of this model."
+            f"({reason_of(error)}). Reading it could run code. Take the .safetensors version of this model."
         ) from error
 
 

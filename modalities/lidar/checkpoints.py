@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from polyalign.core.errors import UserError
+from polyalign.core.errors import UserError, reason_of
 from polyalign.modalities.lidar.minkunet import MinkGlobalEnc, MinkUNet, MinkUNetDiff
 
 REFINEMENT_PREFIX = "model_refine."
@@ -71,21 +71,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint, and is not opened: {_reason(error)}. If "
+            f"{path} holds more than tensors and plain values, or is no checkpoint, and is not opened: {reason_of(error)}. If "
             "you trust it, load it elsewhere with torch.load(..., weights_only=False) and save its 'state_dict' as safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({_reason(error)}); it may be cut short") from error
+        raise UserError(f"{path} is not a readable checkpoint ({reason_of(error)}); it may be cut short") from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} has no table of tensors: neither itself nor its 'state_dict' is one")
     return dict(tensors)
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence: torch goes on to advise what is refused here."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.split(". ")[0].rstrip(".")
 
 
 def open_completion(path: Path, layout: str | None = None) -> CompletionNetworks:
