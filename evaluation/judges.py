@@ -14,7 +14,7 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
@@ -152,6 +152,16 @@ def panel(specs: Sequence[JudgeSpec]) -> Judge:
 def parts(judge: Judge) -> list[str]:
     """The names, without weights, of the judges whose scores make up this one's: its own name unless it is a :class:`Panel`."""
     return list(getattr(judge, "parts", [judge.name]))
+
+
+def refuse_conditions(judges: Sequence[Judge], conditions: Iterable[Any]) -> None:
+    """Raises UserError for a prompt that one of the judges cannot judge, before anything is sampled for it. A judge of a world
+    says so by its method ``refuse(condition)``; the others take any prompt."""
+    parts = [part for judge in judges for part in getattr(judge, "judges", [judge])]
+    refusing = [part for part in parts if hasattr(part, "refuse")]
+    for condition in conditions:
+        for judge in refusing:
+            judge.refuse(condition)
 
 
 def refuse_unfit(judges: Sequence[Judge]) -> None:

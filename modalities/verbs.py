@@ -47,6 +47,18 @@ def refuse_unfit_judges(recipe: Any, outputs: str) -> None:
     judges.refuse_unfit([judges.panel([judge]) for judge in recipe.evaluate.judges if judge.name in judges.JUDGES])
 
 
+def refuse_unknown_prompts(room: Room, recipe: Any) -> None:
+    """Raises UserError for a prompt, to make pairs from or to evaluate on, that its judge does not know. Captions of one's own
+    that are kept aside for the evaluation are looked at there."""
+    from polyalign.evaluation.judges import JUDGES, build, refuse_conditions
+
+    asked = ((recipe.pairs.prompts, recipe.pairs.judges), (recipe.evaluate.prompts, recipe.evaluate.judges))
+    for prompts, named in asked:
+        judges = [build(judge) for judge in named if judge.name in JUDGES]  # ours read no weights yet
+        if prompts is not None and judges:
+            refuse_conditions(judges, room.conditions_of(prompts, recipe.seed))
+
+
 def refuse_seats(recipe: Any, *, who: str, loader: str) -> None:
     """Raises UserError for a reference that full training cannot have, or that no recipe can load. ``loader`` is the beginning
     of the call that loads it from Python."""
@@ -131,6 +143,7 @@ def generate(
         inputs |= {**room.model_files(recipe), **samples_of}
     with run.stage("generate", inputs, products=("pairs",)) as stage:
         if stage.todo:
+            refuse_unknown_prompts(room, recipe)
             _generate(room, recipe, run, formats, makers)
 
 
@@ -227,11 +240,13 @@ def _reward_inputs(evaluate: Any) -> dict[str, Any]:
 
 
 def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any) -> None:
-    from polyalign.evaluation.judges import panel
+    from polyalign.evaluation.judges import panel, refuse_conditions
     from polyalign.evaluation.paired import evaluate_paired
 
     asked = room.asked_of(recipe, run)
     conditions = room.evaluation_conditions(recipe, asked)
+    judges = [panel([config]) for config in recipe.evaluate.judges]
+    refuse_conditions(judges, conditions)
     seeds = [seed_of(recipe.seed, "evaluate", index) for index in range(len(conditions))]
     base, base_files = sampled("base", None, conditions, seeds)
     aligned, aligned_files = sampled("aligned", run / "adapter", conditions, seeds)
@@ -243,7 +258,7 @@ def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any
         aligned,
         conditions,
         seeds,
-        [panel([config]) for config in recipe.evaluate.judges],
+        judges,
         seed=recipe.seed,
         base_images=base_files,
         aligned_images=aligned_files,

@@ -355,14 +355,22 @@ class ShapesJudge:
     broken_below = 0.0  # a lower score is a broken picture, not only a wrong one: the report counts these
     right_from = 1.0  # from this score on the picture is right
 
+    def refuse(self, condition: Mapping[str, Any]) -> Spec:
+        """What the prompt asks for.
+
+        Raises:
+            UserError: the prompt is not of this world.
+        """
+        try:
+            return parse(condition["prompt"])
+        except ValueError as error:
+            raise UserError(f"the judge 'shapes': {error}") from error
+
     def verdict(self, condition: Mapping[str, Any], picture: Image.Image) -> Verdict:
         """Raises:
         UserError: the prompt is not of this world, or the picture has another size than 32 x 32.
         """
-        try:
-            spec = parse(condition["prompt"])
-        except ValueError as error:
-            raise UserError(f"the judge 'shapes': {error}") from error
+        spec = self.refuse(condition)
         things, clean = detect(_pixels(picture, "shapes"))
         return Verdict(tuple(things), clean, clean and satisfies(things, spec))
 

@@ -179,14 +179,22 @@ class SoundsJudge:
     broken_below = 0.0  # a lower score is a broken clip, not only a wrong one: the report counts these
     right_from = 1.0  # from this score on the clip is right
 
+    def refuse(self, condition: Mapping[str, Any]) -> Spec:
+        """What the prompt asks for.
+
+        Raises:
+            UserError: the prompt is not of this world.
+        """
+        try:
+            return parse(condition["prompt"])
+        except ValueError as error:
+            raise UserError(f"the judge 'sounds': {error}") from error
+
     def verdict(self, condition: Mapping[str, Any], wave: Any) -> Verdict:
         """Raises:
         UserError: the prompt is not of this world, or the clip is longer than the world's.
         """
-        try:
-            spec = parse(condition["prompt"])
-        except ValueError as error:
-            raise UserError(f"the judge 'sounds': {error}") from error
+        spec = self.refuse(condition)
         if len(wave.samples) > 1.05 * SECONDS * wave.rate:
             seconds = len(wave.samples) / wave.rate
             raise UserError(f"the judge 'sounds' hears clips of {SECONDS} s, found one of {seconds:.2f} s")

@@ -207,6 +207,10 @@ class EventOrderJudge(_Graded):
         self.name, self.version, self.detector = label or self.name, f"1 {score}, {detector}", detector
         self.world, self.finder = (importlib.import_module(name) for name in WORLDS[detector])
 
+    def refuse(self, condition: Mapping[str, Any]) -> None:
+        """Raises UserError for a prompt that the world does not know."""
+        self._asked(str(condition["prompt"]))
+
     def outcomes(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[Sound]) -> list[Outcome]:
         """Raises UserError for a prompt that the world does not know."""
         pairs = zip(conditions, outputs, strict=True)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from image_runs import LORA, digest, lines, only_generated, polyalign, recipe, save_base, write_recipe  # noqa: E402
 
 SIDES = ("chosen", "rejected")
-BLOCK = {"wins", "losses", "ties", "rate", "wilson", "rate_with_ties", "bootstrap", "sign_test_p"}
+BLOCK = {"wins", "losses", "ties", "rate", "wilson", "rate_with_ties", "bootstrap", "sign_test_p", "prompts"}
 
 
 @pytest.fixture(scope="module")
