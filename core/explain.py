@@ -53,12 +53,28 @@ def explanation(topic: str | None, schemas: Mapping[str, SchemaOf]) -> str:
         return objectives_table(table)
     if topic in table:
         return objective_card(table[topic], {name: schema_of() for name, schema_of in schemas.items()})
+    own = [(name, section) for name, schema_of in schemas.items() for section in _own(schema_of(), topic, table)]
+    if own:
+        return "\n\n".join(_own_card(name, topic, section) for name, section in own)
     wanted = re.sub(r"\.\d+(?=\.|$)", "", topic)
     keys = {name: [dotted(path) for path in all_paths(schema_of())] for name, schema_of in schemas.items()}
     having = {name: schemas[name]() for name, known in keys.items() if wanted in known}
     if having:
         return key_cards(having, wanted, several=len(schemas) > 1)
     raise UserError(_unknown(topic, wanted, list(dict.fromkeys(key for known in keys.values() for key in known)), list(table)))
+
+
+def _own(schema: type[BaseModel], topic: str, table: Mapping[str, Any]) -> Iterator[type[BaseModel]]:
+    """The objective of that name which only this schema has, outside the table: one that is no preference loss."""
+    info = schema.model_fields.get("objective")
+    found = {} if info is None else shape_of_field(info).tagged()
+    if topic in found and topic not in table:
+        yield found[topic]
+
+
+def _own_card(modality: str, name: str, section: type[BaseModel]) -> str:
+    lines = "\n".join(_parameter_lines(section, "objective"))
+    return f"{name}: {_sentence(section.__doc__)}\n\nin recipes of modality {modality}\n{lines}"
 
 
 def key_cards(schemas: Mapping[str, type[BaseModel]], key: str, *, several: bool) -> str:

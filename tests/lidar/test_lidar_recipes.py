@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from polyalign.core.cli import main
 from polyalign.core.config import dump, load, packaged
 from polyalign.core.errors import UserError
 from polyalign.core.verbs import modality_module
@@ -59,3 +60,10 @@ def test_what_a_recipe_says_reaches_the_algorithm() -> None:
     assert (solver.steps, solver.stochastic, solver.start) == (8, False, 1000)
     score = distillation_settings(recipe, recipe.arms["score_distillation"])  # type: ignore[arg-type]
     assert not score.preference and score.courses == settings.courses
+
+
+@pytest.mark.parametrize("name", ["distillation_dpo", "score_distillation", "lidiff", "diffusion_dpo"])
+def test_objectives_outside_the_table_are_explained_by_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}: ") and "in recipes of modality lidar" in said and "objective." in said
