@@ -12,15 +12,18 @@ from polyalign import __version__
 from polyalign.core.files import atomic_write
 from polyalign.evaluation.diagnose.evidence import Evidence, read_evidence
 from polyalign.evaluation.diagnose.findings import LIMITS, Finding, State
-from polyalign.evaluation.diagnose.outcome_rules import OUTCOME_RULES
+from polyalign.evaluation.diagnose.outcome_rules import OUTCOME_RULES, worse_outputs
 from polyalign.evaluation.diagnose.pair_rules import PAIR_RULES
-from polyalign.evaluation.diagnose.training_rules import TRAINING_RULES
+from polyalign.evaluation.diagnose.training_rules import TRAINING_RULES, not_a_number
 
 FILE = "diagnosis.json"
 
 RULES = (*PAIR_RULES, *TRAINING_RULES, *OUTCOME_RULES)
 """In the order of the findings: what is wrong with the pairs explains what follows from it, and no setting of training mends
 it; then the settings; then what became of it."""
+
+OF_CLOUDS = (not_a_number, worse_outputs)
+"""What can be asked of completions: they have ground truth in the place of pairs, and no likelihood."""
 
 SENTENCES: dict[State, str] = {
     "improved": "On held-out prompts the judge prefers the aligned model beyond chance.",
@@ -47,14 +50,11 @@ class Diagnosis:
     folder: Path
     state: State
     cause: str | None
+    sentence: str
     evidence: str
     findings: tuple[Finding, ...]
     asked: tuple[Finding, ...]
     missing: tuple[str, ...]
-
-    @property
-    def sentence(self) -> str:
-        return SENTENCES[self.state]
 
     @property
     def unanswered(self) -> tuple[Finding, ...]:
@@ -82,12 +82,15 @@ def diagnose(folder: Path) -> Diagnosis:
         UserError: there is no such folder, or nothing of a run lies in it.
     """
     evidence = read_evidence(folder)
-    asked = tuple(rule(evidence) for rule in RULES)
+    clouds = evidence.report.outputs == "cloud"
+    asked = tuple(rule(evidence) for rule in (OF_CLOUDS if clouds else RULES))
     findings = _first_of_each_cause([finding for finding in asked if finding.holds])
     state = _state(evidence, findings)
     found = evidence.outcome.rule.found if state in ("improved", "no change") or not findings else findings[0].found
     cause = findings[0].cause if findings else None
-    return Diagnosis(folder, state, cause, found, findings, asked, tuple(evidence.missing))
+    sentence = evidence.outcome.sentence if clouds and state == evidence.outcome.state else SENTENCES[state]
+    missing = tuple(part for part in evidence.missing if not (clouds and part.startswith("pairs/")))
+    return Diagnosis(folder, state, cause, sentence, found, findings, asked, missing)
 
 
 def _first_of_each_cause(findings: Sequence[Finding]) -> tuple[Finding, ...]:

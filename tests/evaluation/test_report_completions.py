@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from polyalign.evaluation.diagnose.diagnosis import diagnose
 from polyalign.evaluation.report import write_report
 from polyalign.evaluation.report.completions import judged, readings
 
@@ -81,3 +82,12 @@ def test_an_evaluation_cut_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     (tmp_path / "config.yaml").write_text("modality: lidar\n")
     assert "completions.changes.0.steps.1.cd.difference" in write_report(tmp_path).read_text()
+
+
+def test_a_diagnosis_asks_only_what_completions_can_answer(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation([])))
+    (tmp_path / "config.yaml").write_text("modality: lidar\n")
+    found = diagnose(tmp_path)
+    assert found.state == "improved" and "scans" in found.sentence
+    assert [finding.cause for finding in found.asked] == ["not a number", "learnt, yet worse"]
+    assert not any(part.startswith("pairs/") for part in found.missing)
