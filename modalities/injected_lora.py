@@ -33,10 +33,11 @@ PREFIX = "base_model.model."
 
 
 def add(
-    network: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, **extra: Any
+    network: Any, *, rank: int, alpha: float, targets: Sequence[str] | str, seed: int, dropout: float = 0.0, **extra: Any
 ) -> None:
     """Freeze the network and add a fresh float32 LoRA: A as peft draws it (Kaiming uniform), B zero, so its function is
-    unchanged, bit for bit. ``extra`` is for peft's LoraConfig.
+    unchanged, bit for bit. ``targets`` are names of modules, or one regular expression of whole names; ``extra`` is for peft's
+    LoraConfig.
 
     Raises:
         UserError: no module of the network has one of the target names, or there is a LoRA already.
@@ -44,11 +45,12 @@ def add(
     if NAME in names(network):
         raise UserError("the network has a LoRA already; load the base anew, or continue with the one that is there")
     network.requires_grad_(False)
+    named: list[str] | str = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  (peft says int and takes any number)
         lora_dropout=dropout,
-        target_modules="all-linear" if tuple(targets) == ("all-linear",) else list(targets),
+        target_modules="all-linear" if named == ["all-linear"] else named,
         **extra,
     )
     linear = sorted({name.rsplit(".", 1)[-1] for name, part in network.named_modules() if isinstance(part, nn.Linear)})
@@ -57,7 +59,7 @@ def add(
             inject_adapter_in_model(config, network, NAME)
         except ValueError as error:
             raise UserError(
-                f"the LoRA targets {list(targets)} do not fit this network ({str(error).splitlines()[0][:200]}). "
+                f"the LoRA targets {named} do not fit this network ({str(error).splitlines()[0][:200]}). "
                 f"Allowed: all-linear, or names of its modules; its linear layers are named {linear[:12]}"
             ) from error
     _in_float32(network, NAME)
@@ -129,6 +131,17 @@ def save(network: Any, folder: Path, *, base: str) -> None:
     config.save_pretrained(str(folder))
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in state_dict(network).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def refuse_head(network: Any) -> None:
+    """Raises UserError for a LoRA on the LM head. The likelihood multiplies with the head's weight itself, piece by piece, so
+    that a LoRA beside it would go unseen."""
+    head = network.get_output_embeddings()
+    if any(layer is head for layer in adapter_layers(network)):
+        raise UserError(
+            "a LoRA on the LM head is not possible here: the head is applied in pieces of its own weight. Leave it out of the "
+            "targets (all-linear leaves it out)."
+        )
 
 
 def names(network: Any) -> set[str]:

@@ -50,12 +50,18 @@ def shared_inputs(network: nn.Module, layout: SharedLayout) -> dict[str, Any]:
     attention = model.config._attn_implementation
     if attention == "flex_attention":
         return layout.inputs() | {"attention_mask": _block_mask(layout)}
-    mask: Any = layout.visible().unsqueeze(1)
-    if attention == "eager":  # adds the mask to what goes into its softmax
-        dtype = next(network.parameters()).dtype
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    mask: Any = mask_for(network, layout.visible())
     mask.prompt_columns = layout.prompt_columns
     return layout.inputs() | {"attention_mask": mask}
+
+
+def mask_for(network: nn.Module, visible: Tensor) -> Tensor:
+    """``visible`` (R, L, L) bool as a mask (R, 1, L, L) in the form that the network's attention takes."""
+    mask = visible.unsqueeze(1)
+    if plain(network).config._attn_implementation != "eager":
+        return mask
+    dtype = next(network.parameters()).dtype  # eager attention adds the mask to what goes into its softmax
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def why_not(network: nn.Module, layout: SharedLayout) -> str | None:

@@ -87,8 +87,16 @@ def score_tokens(network: nn.Module, tensors: Mapping[str, Tensor], settings: To
         ValueError: an empty prompt, or padding on the wrong side.
     """
     layout, inputs = _rows(network, tensors, settings.prefix_sharing)
+    return score_rows(network, layout, inputs, tensors["completion_ids"], settings)
+
+
+def score_rows(
+    network: nn.Module, layout: Layout, inputs: Mapping[str, Any], completion_ids: Tensor, settings: TokenSettings
+) -> Scores:
+    """As :func:`score_tokens`, for rows that are laid out already: the network is called with ``inputs``, whose ids are the
+    layout's and which may hold more than ids (pictures, positions, masks)."""
     states, head = states_and_head(network, inputs)
-    return _scores(_at(states, layout), head, layout, tensors["completion_ids"], settings)
+    return _scores(_at(states, layout), head, layout, completion_ids, settings)
 
 
 def _rows(network: nn.Module, tensors: Mapping[str, Tensor], sharing: str) -> tuple[Layout, dict[str, Any]]:

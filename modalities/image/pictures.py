@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng
-from polyalign.datasets.pictures import decode as decode_picture
+from polyalign.modalities.picture_contents import content_of, decode
+
+__all__ = ["View", "content_of", "cut", "decode", "pixels", "view_of"]
 
 
 @dataclass(frozen=True)
@@ -35,41 +34,6 @@ def view_of(pair_id: str, step: int, *, seed: int, resolution: int, crop: Litera
     generator = rng(seed, "view", pair_id, step)
     down, right, side = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     return View(resolution, (down, right) if crop == "random" else (0.5, 0.5), flip and side < 0.5)
-
-
-def content_of(picture: Any, *, where: str) -> bytes | Image.Image:
-    """The picture's own content from any form a row may have: the bytes of a file, not yet decoded, if it is bytes, a path or
-    the store's {bytes, path} struct; an upright RGB picture if it is a picture.
-
-    Raises:
-        UserError: there is no picture at ``where``.
-    """
-    if isinstance(picture, Mapping):
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, str | Path):
-        if not Path(picture).is_file():
-            raise UserError(f"{where}: there is no file {picture}")
-        picture = Path(picture).read_bytes()
-    if not isinstance(picture, bytes | Image.Image) or picture == b"":
-        raise UserError(
-            f"{where}: expected a picture (bytes, a path or a PIL image), found {type(picture).__name__}. "
-            "Drop the row or give the picture."
-        )
-    return picture if isinstance(picture, bytes) else decode(picture, where=where)
-
-
-def decode(content: bytes | Image.Image, *, where: str) -> Image.Image:
-    """The picture as :func:`polyalign.datasets.pictures.decode` gives it.
-
-    Raises:
-        UserError: the file is truncated, damaged, or no picture; ``where`` names the pair and the column.
-    """
-    try:
-        return decode_picture(content)
-    except ValueError as error:
-        raise UserError(
-            f"{where}: the picture cannot be decoded ({error}). It is truncated or damaged; replace it or drop the row."
-        ) from error
 
 
 def cut(picture: Image.Image, view: View) -> tuple[Image.Image, tuple[int, int]]:

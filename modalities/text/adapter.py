@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from polyalign.core.adapter import Model, Row
-from polyalign.core.candidates import Batch, Candidate, Group
+from polyalign.core.candidates import Batch, Candidate
 from polyalign.core.errors import UserError
 from polyalign.core.likelihood.tokens import TokenSettings, score_tokens
 from polyalign.core.references import adapters_off
 from polyalign.core.scores import Scores
 from polyalign.modalities.text import export, loading, lora, sampling, tokenise
 from polyalign.modalities.text.settings import TextModelSettings
-from polyalign.modalities.text.tokenise import RowLength
+from polyalign.modalities.token_rows import (
+    RowLength,
+    group_of,
+    refuse_beyond_positions,
+    refuse_unequal,
+    refuse_what_does_not_fit,
+    text_of,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -43,7 +50,7 @@ class TextAdapter:
         elif fresh:
             lora.add(network, self.settings)
         if self.settings.gradient_checkpointing:
-            _checkpoint_activations(network)
+            loading.checkpoint_activations(network)
         network.train()
         return model
 
@@ -71,17 +78,11 @@ class TextAdapter:
             the pair's id.
         """
         tokens = [tokenise.tokens_of(model, row, self.settings) for row in rows]
-        for row, found in zip(rows, tokens, strict=True):
-            reason = tokenise.measure(model, found, self.settings).reason
-            if reason is not None:
-                raise UserError(f"pair {row['pair_id']} does not fit: {reason}. Nothing is cut; leave the pair out")
-        counts = {len(found.completions): row["pair_id"] for row, found in zip(rows, tokens, strict=True)}
-        if len(counts) > 1:
-            raise UserError(
-                f"rows of one batch need the same number of candidates, found {sorted(counts)} (for instance pairs "
-                f"{sorted(map(str, counts.values()))})"
-            )
-        return Batch.of_groups([_group(row) for row in rows], tokenise.collate(tokens, model.parts["pad_id"]))
+        refuse_what_does_not_fit(rows, [tokenise.length_of_tokens(model, found, self.settings) for found in tokens])
+        refuse_unequal(rows, [found.completions for found in tokens])
+        return Batch.of_groups(
+            [group_of(row, _candidates(row)) for row in rows], tokenise.collate(tokens, model.parts["pad_id"])
+        )
 
     def draws(self, model: Model, batch: Batch, *, step: int) -> None:
         """The likelihood of tokens needs no randomness."""
@@ -89,7 +90,8 @@ class TextAdapter:
 
     def score(self, model: Model, batch: Batch, draws: None) -> Scores:
         """The log-probabilities of every completion's tokens, (G, K, U)."""
-        _refuse_beyond_positions(batch, model.parts["positions"])
+        prompts, answers = (batch.tensors[name].sum(-1) for name in ("prompt_mask", "completion_mask"))
+        refuse_beyond_positions(prompts.unsqueeze(1), answers, model.parts["positions"])
         device = next(model.network.parameters()).device
         tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
         with loading.autocast(self.settings, device):
@@ -161,59 +163,12 @@ class TextAdapter:
             ids = tokenise.prompt_ids(model, condition, where=where)
             questions.append(sampling.Question(ids, tokenise.ends_of(model, condition, where=where), int(seed)))
         answers = sampling.sample(model, self.settings, questions, mixture=mixture, progress=progress)
-        return [self._text(model, ids, question.ends) for ids, question in zip(answers, questions, strict=True)]
-
-    @staticmethod
-    def _text(model: Model, ids: list[int], ends: frozenset[int]) -> str:
-        """An answer without its end and without special tokens; spaces stay as the model wrote them."""
-        ids = ids[:-1] if ids[-1] in ends else ids
-        return model.parts["tokenizer"].decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text_of(model, ids, question.ends) for ids, question in zip(answers, questions, strict=True)]
 
     def _refuse_without_base(self, purpose: str) -> None:
         if self.settings.train == "full":
             raise UserError(f"all of the network was trained: load the base anew to {purpose}")
 
 
-def _checkpoint_activations(network: Any) -> None:
-    """By the name that transformers has for it since 5.x, or by the older one."""
-    try:
-        if hasattr(network, "activation_checkpointing_enable"):
-            network.activation_checkpointing_enable()
-        else:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
-        raise UserError(f"gradient_checkpointing is not possible with this model ({error}); leave it out") from error
-
-
-def _refuse_beyond_positions(batch: Batch, positions: int | None) -> None:
-    """Rows fit, each by itself; an answer that a baseline joins to another prompt (kto's mismatched) may not."""
-    if positions is None:
-        return
-    prompts, answers = (batch.tensors[name].sum(-1) for name in ("prompt_mask", "completion_mask"))
-    longest = int((prompts.unsqueeze(1) + answers).max())
-    if longest > positions:
-        raise UserError(
-            f"a prompt and an answer have {longest} tokens together, and this model has {positions} positions. Each row fits "
-            "by itself, so the answer was joined to another row's prompt (objective.baseline: mismatched): set "
-            f"prepare.max_prompt_tokens and prepare.max_completion_tokens so that they add up to {positions} at most, or take "
-            "another baseline"
-        )
-
-
-def _group(row: Row) -> Group:
-    """The preference side of a row. Candidates without a target share it evenly, unless they are a pair."""
-    given: dict[str, Any] = {name: tuple(row[name]) for name in ("target", "margins", "desirable") if row.get(name) is not None}
-    if row.get("weight") is not None:
-        given["weight"] = float(row["weight"])
-    count = len(tokenise.answers_of(row))
-    if row.get("completion") is not None and row.get("candidates") is None:
-        if row.get("label") is not None:
-            given["desirable"] = (bool(row["label"]),)
-        given.setdefault("target", (1.0,))
-    elif row.get("candidates") is not None:
-        given.setdefault("target", (1.0 / count,) * count)
-    candidates = tuple(Candidate(row["condition"], answer) for answer in tokenise.answers_of(row))
-    try:
-        return Group(str(row["pair_id"]), candidates, **given)
-    except ValueError as error:
-        raise UserError(f"pair {row['pair_id']}: {error}") from error
+def _candidates(row: Row) -> tuple[Candidate, ...]:
+    return tuple(Candidate(row["condition"], answer) for answer in tokenise.answers_of(row))

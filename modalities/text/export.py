@@ -11,6 +11,7 @@ from polyalign.core.adapter import Model
 from polyalign.modalities.exporting import hub_name, model_card, written_beside
 from polyalign.modalities.text import lora
 from polyalign.modalities.text.loading import plain, quiet
+from polyalign.modalities.transformers_folders import with_noise
 
 
 def export(model: Model, folder: Path, card: Mapping[str, Any] | None = None) -> None:
@@ -42,7 +43,7 @@ def _write(model: Model, folder: Path, card: Mapping[str, Any]) -> None:
 def _restore_config(file: Path, noise: Mapping[str, float]) -> None:
     """Dropout as the base had it: switching it off was a matter of this training."""
     if noise:
-        config = json.loads(file.read_text(encoding="utf-8")) | dict(noise)
+        config = with_noise(json.loads(file.read_text(encoding="utf-8")), noise)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from polyalign.core.errors import UserError
-from polyalign.core.references import adapter_layers
 from polyalign.modalities import injected_lora
 from polyalign.modalities.injected_lora import CONFIG_FILE, NAME, PREFIX, WEIGHTS_FILE, names, read, save, state_dict
 from polyalign.modalities.text.settings import TextModelSettings
@@ -29,7 +27,7 @@ def add(network: Any, settings: TextModelSettings) -> None:
         dropout=settings.dropout,
         task_type="CAUSAL_LM",
     )
-    _refuse_head(network)
+    injected_lora.refuse_head(network)
 
 
 def load(network: Any, folder: Path, name: str = NAME) -> None:
@@ -39,14 +37,4 @@ def load(network: Any, folder: Path, name: str = NAME) -> None:
         UserError: besides that function's, the LoRA is also on the LM head.
     """
     injected_lora.load(network, folder, name)
-    _refuse_head(network)
-
-
-def _refuse_head(network: Any) -> None:
-    """The likelihood multiplies with the head's weight itself, piece by piece, so that a LoRA beside it would go unseen."""
-    head = network.get_output_embeddings()
-    if any(layer is head for layer in adapter_layers(network)):
-        raise UserError(
-            "a LoRA on the LM head is not possible here: the head is applied in pieces of its own weight. Leave it out of the "
-            "targets (all-linear leaves it out)."
-        )
+    injected_lora.refuse_head(network)
