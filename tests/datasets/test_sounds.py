@@ -1,7 +1,10 @@
 """The world of sounds, its exact detector, and its composer of recordings."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -257,3 +260,14 @@ def test_pairs_of_recordings_differ_in_time_alone(tmp_path) -> None:
     np.testing.assert_allclose(written.samples, pairs[2].rejected[0].samples, atol=1e-4)
     with pytest.raises(SystemExit):
         sound_pairs.main([str(recordings), str(tmp_path / "pairs")])
+
+
+def test_pairs_do_not_depend_on_pythons_hashes(tmp_path) -> None:
+    save_recordings(tmp_path / "recordings")
+    command = [sys.executable, "-m", "polyalign.datasets.worlds.sound_pairs", str(tmp_path / "recordings")]
+    for number in ("1", "3"):
+        subprocess.run(
+            [*command, str(tmp_path / number), "--count", "8"], check=True, env={**os.environ, "PYTHONHASHSEED": number}
+        )
+    for file in (tmp_path / "1").rglob("*.flac"):
+        assert file.read_bytes() == (tmp_path / "3" / file.relative_to(tmp_path / "1")).read_bytes()
