@@ -53,10 +53,8 @@ def compose(composer: Composer, split: str, count: int, seed: int = 0) -> Iterat
         task = draws.choice(ABOUT_TIME)
         spec = Spec(task, draws.choice(every[task]))
         places = np.random.default_rng(seed_of(seed, "sound-pairs", split, index))
-        heard = {
-            event: composer.sound(draws.choice(files[event]), float(places.uniform(*GAIN)))
-            for event in dict.fromkeys(spec.events)
-        }
+        once = dict.fromkeys(spec.events)  # in their order: a set's differs from process to process
+        heard = {event: composer.sound(draws.choice(files[event]), float(places.uniform(*GAIN))) for event in once}
         right, other = (
             mix([[(event, heard[event]) for event in group] for group in one.groups], places)
             for one in (spec, wrong(spec, draws))
