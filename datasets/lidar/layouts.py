@@ -134,10 +134,10 @@ def kitti_360(root: Path, sequence: str, *, poses: bool = True, labels: Path | N
 
     Args:
         sequence: the drive's number ("0000") or its whole name.
-        labels: a folder of one's own with a SemanticKITTI ``.label`` per scan, under the scan's name.
+        labels: a folder of one's own with a SemanticKITTI ``.label`` per scan that has a pose, under the scan's name.
 
     Raises:
-        UserError: no such drive or no scans in it, poses or calibration missing.
+        UserError: no such drive or no scans in it, poses or calibration missing, labels of only some scans.
     """
     name = f"2013_05_28_drive_{sequence}_sync" if sequence.isdecimal() else sequence
     folder = root / "data_3d_raw" / name / "velodyne_points"
@@ -149,6 +149,12 @@ def kitti_360(root: Path, sequence: str, *, poses: bool = True, labels: Path | N
     label_files = _numbered(labels, ".label") if labels is not None else {}
     times = read_times(folder / "timestamps.txt") if (folder / "timestamps.txt").is_file() else []
     kept = {number: path for number, path in files.items() if not poses or number in matrices}
+    without = [path.stem for number, path in kept.items() if number not in label_files] if labels is not None else []
+    if without:
+        raise UserError(
+            f"{labels} has no labels for {len(without)} of {len(kept)} scans (the first are {', '.join(without[:3])}), whose "
+            "moving points would enter the map. Add them; without a folder of labels all that moves stays in the map"
+        )
     scans = tuple(
         ScanFile(number, path, label_files.get(number), matrices.get(number), times[number] if number < len(times) else None)
         for number, path in kept.items()

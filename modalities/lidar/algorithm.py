@@ -121,9 +121,10 @@ class DistillationPreference:
         self.settings, self.seed, self.schedule = settings, seed, noise_schedule()
         self.networks: dict[str, nn.Module] = {STUDENT: student or whole_copy(teacher)}
         freeze_statistics(self.networks[STUDENT])
-        for place, name in enumerate(ASSISTANTS if settings.preference else ASSISTANTS[:1]):
-            rank = settings.assistant_rank
-            self.networks[name] = whole_copy(teacher) if rank is None else low_rank_copy(teacher, rank, seed=place)
+        rank = settings.assistant_rank
+        for name in ASSISTANTS if settings.preference else ASSISTANTS[:1]:
+            own = seed_of(seed, "assistant", name)
+            self.networks[name] = whole_copy(teacher) if rank is None else low_rank_copy(teacher, rank, seed=own)
         self.first: dict[str, list[float]] = {}
         self.recent: dict[str, float] = {}
 

@@ -222,19 +222,24 @@ def sequences_of(data: DataConfig, split: Split) -> list[ScanSequence]:
     return [kitti_360(root, name, labels=None if labels is None else labels / name) for name in split.sequences]
 
 
+def drive_hash(sequence: ScanSequence) -> str:
+    """Of names and sizes of a drive's scans and labels, and of the content of its poses. Reading all scans for a hash would
+    take longer than the maps."""
+    files = [path for scan in sequence.scans for path in (scan.points, scan.labels) if path is not None]
+    poses = [scan.pose.tolist() for scan in sequence.scans if scan.pose is not None]
+    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+    return sha256_of(f"{listing}\n{json.dumps(poses)}".encode())
+
+
 def data_files(recipe: LidarRecipe) -> dict[str, Any]:
-    """What a data set looks like, as an input of stages: names and sizes of its scans and labels, the content of its poses and
-    of given maps. Reading all scans for a hash would take longer than the maps."""
+    """What a data set looks like, as an input of stages: see :func:`drive_hash`, and the content of given maps."""
     data = recipe.data
     if data.source == "streets":
         return {}
     drives = {}
     for split in splits_of(recipe):
         for sequence in sequences_of(data, split):
-            files = [path for scan in sequence.scans for path in (scan.points, scan.labels) if path is not None]
-            poses = [scan.pose.tolist() for scan in sequence.scans if scan.pose is not None]
-            listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
-            drives[sequence.name] = sha256_of(f"{listing}\n{json.dumps(poses)}".encode())
+            drives[sequence.name] = drive_hash(sequence)
     maps = {} if data.maps is None else {"maps": fingerprint(data.maps, endings=frozenset({".npy"}))}
     return {"drives": drives} | maps
 

@@ -5,7 +5,8 @@
 COMPLETIONS holds a file for each scan, named by its number (000123.ply, .npy, .bin or .npz), of one sequence of SemanticKITTI.
 The ground truth is the sequence's map within 50 m and -4 to 4.4 m of height, in the 10 m voxels that the scan touches;
 completions are cut to the scan's heights and 50 m, as all the projects do. One scan is in memory at a time. ROWS gets a line a
-scan as they come, and an interrupted command goes on after the last whole one; ROWS.summary.json has means, deviations and
+scan as they come, with the hash of its completion, and an interrupted command goes on after the last whole one; a completion
+that was replaced is measured anew, and the row of one that was taken away goes. ROWS.summary.json has means, deviations and
 intervals.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write
+from polyalign.core.files import atomic_write, sha256_of
 from polyalign.core.progress import ProgressLine
 from polyalign.datasets.lidar.files import read_scan
 from polyalign.datasets.lidar.filters import COMPLETION_SCAN
@@ -30,6 +31,7 @@ from polyalign.datasets.lidar.layouts import ScanFile, semantic_kitti
 from polyalign.datasets.lidar.maps import MAP_FILE, SceneMap, build_map
 from polyalign.datasets.lidar.samples import evaluation_ground_truth
 from polyalign.evaluation.lidar_metrics.scenes import SceneMetrics, measure, summarise
+from polyalign.modalities.fingerprints import fingerprint
 from polyalign.modalities.lidar.complete import read_points
 from polyalign.modalities.lidar.completion import postprocess
 
@@ -42,7 +44,7 @@ class Protocol:
     """What is measured, against what.
 
     Args:
-        map_file: a map_clean.npy of the sequence; None builds it beside the rows, once.
+        map_file: a map_clean.npy of the sequence; None builds it beside the rows, once for a root and kind of poses.
         postprocess: cut completions to the scan's heights and 50 m.
     """
 
@@ -103,7 +105,8 @@ def evaluate_folder(folder: Path, rows_file: Path, protocol: Protocol) -> dict[s
     """Measure all completions of a folder, write rows and the summary, and return the summary.
 
     Raises:
-        UserError: completions of scans that the sequence does not have; files that cannot be read; rows of another protocol.
+        UserError: completions of scans that the sequence does not have; files that cannot be read; rows of another protocol or
+            another map.
     """
     files = completions_in(folder)
     sequence = semantic_kitti(protocol.root, protocol.sequence, labels=False, sensor_poses=protocol.sensor_poses)
@@ -112,18 +115,24 @@ def evaluate_folder(folder: Path, rows_file: Path, protocol: Protocol) -> dict[s
     if unknown:
         raise UserError(f"{folder}: {len(unknown)} completions are of no scan of sequence {sequence.name}, first {unknown[0]}")
     claim = {"completions": str(folder.resolve()), **json.loads(json.dumps(asdict(protocol), default=str))}
-    rows = list(_earlier(rows_file, claim))
+    if protocol.map_file is not None:
+        claim["map"] = fingerprint(str(protocol.map_file))
+    hashes = {number: sha256_of(path) for number, path in files.items()}
+    rows = _earlier(rows_file, claim, hashes)
     done, scene = {row["scan"] for row in rows}, _map_of(protocol, rows_file)
     with ProgressLine("measuring", total=len(files), start=len(rows)) as line, open(rows_file, "a", encoding="utf-8") as out:
         for number, path in files.items():
             if number in done:
                 continue
-            row = {"scan": number} | _measured(path, scans[number], scene, protocol)
+            row = {"scan": number, "completion": hashes[number]} | _measured(path, scans[number], scene, protocol)
             out.write(json.dumps(row) + "\n")
             out.flush()
             rows.append(row)
             line.advance()
-    numbers = [{name: value for name, value in row.items() if name != "scan"} for row in rows]
+    places = {number: place for place, number in enumerate(files)}
+    rows.sort(key=lambda row: places[row["scan"]])  # as an uninterrupted command has them, to the last bit of the intervals
+    _write(rows_file, rows)
+    numbers = [{name: value for name, value in row.items() if name not in ("scan", "completion")} for row in rows]
     summary = {"protocol": claim, "scans": len(rows)}
     summary["metrics"] = {name: asdict(found) for name, found in summarise(numbers, seed=0).items()}
     atomic_write(rows_file.with_suffix(".summary.json"), json.dumps(summary, indent=1) + "\n")
@@ -141,11 +150,12 @@ def _measured(path: Path, scan: ScanFile, scene: SceneMap, protocol: Protocol) -
         raise UserError(f"{path}: {error}") from error
 
 
-def _earlier(rows_file: Path, claim: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of an interrupted command, after a half-written line was cut off; the first time, the protocol is written down.
+def _earlier(rows_file: Path, claim: dict[str, Any], hashes: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Rows of an interrupted command, after a half-written line was cut off and those of completions that are no longer as they
+    were measured (``hashes`` by scan) left the file; the first time, the protocol is written down.
 
     Raises:
-        UserError: the rows are of another protocol or folder.
+        UserError: the rows are of another protocol, folder or map.
     """
     note = rows_file.with_suffix(".protocol.json")
     if note.is_file():
@@ -156,14 +166,21 @@ def _earlier(rows_file: Path, claim: dict[str, Any]) -> Iterator[dict[str, Any]]
     else:
         atomic_write(note, json.dumps(claim, indent=1) + "\n")
     lines = rows_file.read_text(encoding="utf-8").split("\n")[:-1] if rows_file.is_file() else []
-    atomic_write(rows_file, "".join(f"{line}\n" for line in lines))
-    return iter([json.loads(line) for line in lines])
+    rows = [json.loads(line) for line in lines]
+    kept = [row for row in rows if row["scan"] in hashes and row.get("completion") == hashes[row["scan"]]]
+    _write(rows_file, kept)
+    return kept
+
+
+def _write(rows_file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    atomic_write(rows_file, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _map_of(protocol: Protocol, rows_file: Path) -> SceneMap:
     if protocol.map_file is not None:
         return SceneMap.load(protocol.map_file)
-    path = rows_file.with_name(f"{protocol.sequence}-{MAP_FILE}")
+    source = sha256_of(f"{protocol.root.resolve()} {protocol.sensor_poses}".encode())[:8]
+    path = rows_file.with_name(f"{protocol.sequence}-{source}-{MAP_FILE}")
     if not path.is_file():
         sequence = semantic_kitti(protocol.root, protocol.sequence, sensor_poses=protocol.sensor_poses)
         points = build_map(sequence)

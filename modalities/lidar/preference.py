@@ -59,7 +59,7 @@ class DistanceMix:
             if name in self.weights:
                 found[name] = jensen_shannon(pred, gt, bev=bev, voxel=self.jsd_voxel, max_range=self.max_range)
         if "iou" in self.weights:
-            found["iou"] = 1 - confusion(pred, gt, self.iou_voxel).iou
+            found["iou"] = 1 - confusion(pred, gt, self.iou_voxel, max_range=self.max_range).iou
         return sum(weight * found[name] for name, weight in self.weights.items())
 
     def distances(self, pred: Tensor, gt: Tensor) -> Tensor:

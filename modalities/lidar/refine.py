@@ -13,7 +13,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from polyalign.core.adapter import Row
 from polyalign.core.algorithm import Rows
 from polyalign.core.environment import without_folders
 from polyalign.core.errors import UserError
-from polyalign.core.files import atomic_write
+from polyalign.core.files import atomic_write, sha256_of
 from polyalign.core.randomness import seed_of
 from polyalign.core.recipe import OptimizerConfig, TrainSettings
 from polyalign.core.trainer import Trainer
@@ -37,6 +37,7 @@ from polyalign.evaluation.lidar_metrics.distances import chamfer, nearest_distan
 from polyalign.evaluation.statistics import bootstrap_mean
 from polyalign.modalities.lidar.checkpoints import open_refinement, save_refinement
 from polyalign.modalities.lidar.completion import refine
+from polyalign.modalities.lidar.data import drive_hash
 from polyalign.modalities.lidar.measuring import ground_truth
 from polyalign.modalities.lidar.minkunet import MinkUNet, scaled
 from polyalign.modalities.lidar.pretrain import VOXEL as SMALL_VOXEL
@@ -87,7 +88,8 @@ class StreetClouds:
 
 
 class MapClouds:
-    """The map around every scan of some sequences, as rows, cut out when asked for. Maps are built once and lie in ``work``.
+    """The map around every scan of some sequences, as rows, cut out when asked for. Maps are built once and lie in ``work``,
+    named by their sequence and by what they were built from. ``source`` says which data these are: root, a hash by sequence.
 
     Raises:
         UserError: no such sequence, or poses, labels or calibration missing, see ``layouts.semantic_kitti``.
@@ -96,16 +98,23 @@ class MapClouds:
     def __init__(self, root: Path, sequences: Sequence[str], work: Path):
         self._scans: list[tuple[str, ScanFile]] = []
         self._maps: dict[str, SceneMap] = {}
+        self.source: dict[str, Any] = {"root": str(root.resolve()), "sequences": {}}
         work.mkdir(parents=True, exist_ok=True)
         for name in sequences:
             sequence = semantic_kitti(root, name)
-            file = work / f"{name}.npy"
+            self.source["sequences"][name] = drive_hash(sequence)
+            file = work / self.map_name(name)
             if not file.exists():
-                partial = file.with_name(f"{name}.part.npy")
+                partial = file.with_suffix(".part.npy")
                 np.save(partial, build_map(sequence))
                 partial.replace(file)
             self._maps[name] = SceneMap.load(file)
             self._scans += [(name, scan) for scan in sequence.scans]
+
+    def map_name(self, sequence: str) -> str:
+        """The file in ``work`` of an opened sequence's map."""
+        known = f"{self.source['root']} {self.source['sequences'][sequence]}"
+        return f"{sequence}-{sha256_of(known.encode())[:8]}.npy"
 
     def __len__(self) -> int:
         return len(self._scans)
@@ -118,11 +127,11 @@ class MapClouds:
         return found
 
 
-def train(data: Rows, settings: Settings, folder: Path, device: str = "cpu") -> MinkUNet:
-    """Train a network, or go on with one, write it to ``folder`` and open it again.
+def train(data: Rows, settings: Settings, folder: Path, device: str = "cpu", *, source: Mapping[str, Any]) -> MinkUNet:
+    """Train a network, or go on with one, write it to ``folder`` and open it again. ``source`` says which data these are.
 
     Raises:
-        UserError: no data; a folder of other settings; a loss that is not finite.
+        UserError: no data; a folder of other settings or of other data; a loss that is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -136,7 +145,7 @@ def train(data: Rows, settings: Settings, folder: Path, device: str = "cpu") -> 
         clip_norm=None,
         save_every=settings.save_every,
     )
-    known = {"refinement": asdict(settings.refinement), "width": settings.width, "clouds": len(data)}
+    known = {"refinement": asdict(settings.refinement), "width": settings.width, "clouds": len(data), "data": dict(source)}
     Trainer(algorithm, data, how, folder, seed=settings.seed, identity=known).run()
     save_refinement(folder / WEIGHTS, algorithm.networks[NETWORK])
     return open_refinement(folder / WEIGHTS)
@@ -169,11 +178,13 @@ def run(folder: Path, settings: Settings, options: argparse.Namespace, words: Se
     figures = None
     if options.kitti is None:
         given = scenes("train", range(settings.streets), settings.scenes, seed=settings.seed)
-        network = train(StreetClouds(given), settings, folder, options.device)
+        source = {"streets": settings.streets, "scenes": asdict(settings.scenes)}
+        network = train(StreetClouds(given), settings, folder, options.device, source=source)
         held_out = scenes("heldout", range(settings.measured_streets), settings.scenes, seed=settings.seed)
         figures = measured(network, held_out, settings)
     else:
-        train(MapClouds(options.kitti, options.sequences, folder / "maps"), settings, folder, options.device)
+        clouds = MapClouds(options.kitti, options.sequences, folder / "maps")
+        train(clouds, settings, folder, options.device, source=clouds.source)
     record = {
         "data": "streets" if options.kitti is None else {"semantic_kitti": list(options.sequences)},
         "settings": asdict(settings),

@@ -20,8 +20,10 @@ from polyalign.modalities.lidar import data
 from polyalign.modalities.lidar.config import DiffusionDPO, Distillation, LidarRecipe, LiDiff
 from polyalign.modalities.lidar.training import (
     OUTPUTS,
+    SETTINGS,
     WEIGHTS,
     base_identity,
+    completion_use,
     distance_mix,
     model_files,
     open_adapter,
@@ -55,7 +57,7 @@ def refuse_early(recipe: LidarRecipe) -> None:
     fingerprint(recipe.evaluate.refinement)
     if recipe.train.stop is not None:
         raise UserError("train.stop watches the likeliest next tokens of a language model, and a LiDAR recipe has none")
-    if recipe.evaluate.shown and max(recipe.evaluate.steps) > recipe.sampler.start:
+    if max(recipe.evaluate.steps) > recipe.sampler.start:
         raise UserError(f"evaluate.steps: {max(recipe.evaluate.steps)} steps do not fit below level {recipe.sampler.start}")
     for place, objective in recipe.objectives().items():
         key = f"arms.{place.split('/')[1]}" if place else "objective"
@@ -194,7 +196,7 @@ def _make_pairs(recipe: LidarRecipe, run: RunFolder, place: str, objective: Any)
         _NamedScans(adapter, scans, places),
         model,
         [{"prompt": name} for name in scans.names],
-        _NearestToTruth(distance_mix(recipe.preference), scans, places, points, recipe.seed),
+        _NearestToTruth(distance_mix(recipe), scans, places, points, recipe.seed),
         settings=settings,
         folder=run / f"{place}pairs",
         seed=recipe.seed,
@@ -239,7 +241,8 @@ def report(recipe: LidarRecipe, run: RunFolder) -> None:
 
 def export(recipe: LidarRecipe, run: RunFolder, destination: Path) -> None:
     """The trained weights, where the user wants them: ``completion.safetensors`` in LiDiff's names, and ``completion.ckpt`` as
-    the published projects write and read them.
+    the published projects write and read them. How they complete is said as the recipe says it now: guidance, evaluated steps
+    and the like are no matter of the training, and may have changed since.
 
     Raises:
         UserError: there are none, they are unfinished or of another recipe; something is at the destination; a full disk.
@@ -247,7 +250,11 @@ def export(recipe: LidarRecipe, run: RunFolder, destination: Path) -> None:
     plan = RunFolder(run.path, planning=True)
     train_arm(recipe, plan, "", recipe.objective)
     refuse_unfinished(plan.planned["train"], run / "adapter")
-    verbs.copied_whole(run / "adapter", destination)
+
+    def say_how(folder: Path) -> None:
+        atomic_write(folder / SETTINGS, completion_use(recipe, recipe.objective))
+
+    verbs.copied_whole(run / "adapter", destination, finish=say_how)
     layouts = {"distillation_dpo": "distilled", "score_distillation": "distilled", "diffusion_dpo": "diffusion_dpo"}
     with written_beside(destination) as partial:
         _write_published(run / "adapter" / WEIGHTS, partial / PUBLISHED, layouts.get(recipe.objective.name, "lidiff"))

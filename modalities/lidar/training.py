@@ -21,7 +21,6 @@ from polyalign.modalities.lidar.config import (
     DistillationDPO,
     LidarRecipe,
     LiDiff,
-    PreferenceConfig,
 )
 from polyalign.modalities.lidar.data import SCENES, Scans, TrainingRows, data_files, opened, splits_of
 
@@ -118,10 +117,12 @@ def completion_settings(recipe: LidarRecipe, steps: int, guidance: float) -> Com
     )
 
 
-def distance_mix(preference: PreferenceConfig) -> DistanceMix:
-    from polyalign.modalities.lidar.preference import DistanceMix
+def distance_mix(recipe: LidarRecipe) -> DistanceMix:
+    """What decides a pair, as far out as the evaluation measures."""
+    from polyalign.modalities.lidar.preference import MAX_RANGE, DistanceMix
 
-    return DistanceMix(**{"weights" if key == "metrics" else key: value for key, value in preference if key != "margin"})
+    said = {"weights" if key == "metrics" else key: value for key, value in recipe.preference if key != "margin"}
+    return DistanceMix(**said, max_range=max(MAX_RANGE, recipe.data.max_range))
 
 
 def distillation_settings(recipe: LidarRecipe, objective: Distillation) -> DistillationSettings:
@@ -134,7 +135,7 @@ def distillation_settings(recipe: LidarRecipe, objective: Distillation) -> Disti
         preference=isinstance(objective, DistillationDPO),
         completion=completion_settings(recipe, 1, objective.guidance),
         courses=objective.courses,
-        mix=distance_mix(recipe.preference),
+        mix=distance_mix(recipe),
         margin=recipe.preference.margin,
         teacher_guidance=objective.teacher_guidance,
         assistant_steps=assistants.steps,
@@ -170,6 +171,18 @@ def student_guidance(recipe: LidarRecipe, objective: Any) -> float:
     """With which guidance what ``objective`` trained completes."""
     own = recipe.sampler.student_guidance
     return own if own is not None and isinstance(objective, Distillation) else recipe.sampler.guidance
+
+
+def completion_use(recipe: LidarRecipe, objective: Any) -> str:
+    """The content of SETTINGS: how what ``objective`` trained completes, for :mod:`polyalign.modalities.lidar.complete`."""
+    steps = max(objective.courses if isinstance(objective, Distillation) else recipe.evaluate.steps)
+    sampler = recipe.sampler.model_dump(mode="json", exclude={"student_guidance"})
+    use = {
+        "sampler": sampler | {"guidance": student_guidance(recipe, objective)},
+        "data": {"scan_points": recipe.data.scan_points, "max_range": recipe.data.max_range},
+        "steps": steps,
+    }
+    return json.dumps(use, indent=1) + "\n"
 
 
 class PairRows:
@@ -355,19 +368,8 @@ class _Training:
             network = merged(network, parts.base)
         with written_beside(folder) as partial:
             save_completion(partial / WEIGHTS, network, parts.encoder)
-            (partial / SETTINGS).write_text(json.dumps(self._use(), indent=1) + "\n", encoding="utf-8")
+            (partial / SETTINGS).write_text(completion_use(self.recipe, self.objective), encoding="utf-8")
             (partial / "README.md").write_text(self._card(identity, rows), encoding="utf-8")
-
-    def _use(self) -> dict[str, Any]:
-        """How these weights complete scans, for :mod:`polyalign.modalities.lidar.complete`."""
-        recipe, objective = self.recipe, self.objective
-        steps = max(objective.courses if isinstance(objective, Distillation) else recipe.evaluate.steps)
-        sampler = recipe.sampler.model_dump(mode="json", exclude={"student_guidance"})
-        return {
-            "sampler": sampler | {"guidance": student_guidance(recipe, objective)},
-            "data": {"scan_points": recipe.data.scan_points, "max_range": recipe.data.max_range},
-            "steps": steps,
-        }
 
     def _card(self, identity: str, rows: int) -> str:
         from polyalign.modalities.exporting import model_card

@@ -184,6 +184,18 @@ class TestLowRank:
         kept = [weight for weight in copied.parameters() if not weight.requires_grad]
         assert all(weight.data_ptr() in shared for weight in kept)
 
+    def test_assistants_begin_otherwise_by_name_and_by_seed(self) -> None:
+        def begun(seed: int) -> list[torch.Tensor]:
+            made = algorithm(replace(SETTINGS, assistant_rank=2), seed=seed)
+            found = [dict(made.networks[name].named_parameters()) for name in ("assistant_chosen", "assistant_rejected")]
+            return [torch.cat([one[key].flatten() for key in sorted(one) if key.endswith(".down")]) for one in found]
+
+        first, again, other = begun(3), begun(3), begun(4)
+        assert all(torch.equal(one, same) for one, same in zip(first, again, strict=True))
+        assert not torch.equal(first[0], first[1]) and not any(
+            torch.equal(one, changed) for one, changed in zip(first, other, strict=True)
+        )
+
     def test_changes_become_part_of_the_weights(self) -> None:
         teacher, encoder = networks()
         copied = low_rank_copy(teacher.requires_grad_(False), 2)
@@ -267,6 +279,13 @@ class TestPreference:
             total += 2 * mix.distance(near, truth)
         every = DistanceMix(dict.fromkeys(("cd", "jsd", "jsd_3d", "f1", "iou"), 2.0), f1_threshold=0.2)
         assert every.distance(near, truth) == pytest.approx(total)
+
+    def test_points_count_as_far_out_as_it_is_told(self) -> None:
+        near = np.random.default_rng(0).uniform(-3, 3, (300, 3))
+        truth, pred = (np.concatenate([near, near + [away, 0, 0]]) for away in (60, 70))
+        for name in ("jsd", "jsd_3d"):
+            assert DistanceMix({name: 1.0}).distance(pred, truth) == 0.0
+            assert DistanceMix({name: 1.0}, max_range=80.0).distance(pred, truth) > 0.4
 
     def test_what_is_no_metric_is_refused(self) -> None:
         for weights in ({}, {"emd": 1.0}, {"cd": 0.0}):

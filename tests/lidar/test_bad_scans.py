@@ -77,8 +77,8 @@ def test_refused_and_nothing_left(root: Path, tmp_path: Path, what: str, message
     assert not list(work.rglob("*.npy"))
     for path, content in kept.items():
         path.write_bytes(content)
-    MapClouds(root, ["00"], work)
-    np.testing.assert_array_equal(np.load(work / "00.npy"), whole)
+    clouds = MapClouds(root, ["00"], work)
+    np.testing.assert_array_equal(np.load(work / clouds.map_name("00")), whole)
 
 
 @pytest.mark.skipif(SAMPLES is None, reason="POLYALIGN_LIDAR_SAMPLES names no folder of real scans")

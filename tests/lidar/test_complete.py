@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,43 @@ def test_a_folder_is_measured_by_the_protocol_and_gone_on_with(place: Path, tmp_
     assert rows.read_bytes() == written and again == summary
     with pytest.raises(UserError, match="rows measured otherwise"):
         evaluate_folder.evaluate_folder(tmp_path / "made", rows, protocol(place, compat="lidiff_old"))
+
+
+def test_replaced_completions_are_measured_anew_and_removed_ones_leave(place: Path, tmp_path: Path) -> None:
+    made, rows = tmp_path / "made", tmp_path / "rows.jsonl"
+    perfect(place, made)
+    evaluate_folder.evaluate_folder(made, rows, protocol(place))
+    untouched = rows.read_text().splitlines()[2]
+    moved = evaluate_folder.read_completion(made / "000000.ply") + np.float32(0.3)
+    (made / "000000.ply").write_bytes(complete.cloud_bytes(moved, "ply"))
+    (made / "000001.ply").unlink()
+    found = evaluate_folder.evaluate_folder(made, rows, protocol(place))
+    fresh = evaluate_folder.evaluate_folder(made, tmp_path / "fresh.jsonl", protocol(place))
+    assert found == fresh and found["scans"] == 2 and found["metrics"]["cd"]["mean"] > 0.05
+    assert rows.read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
+    assert rows.read_text().splitlines()[1] == untouched and "completion" not in found["metrics"]
+
+
+def test_built_maps_are_of_one_root_and_kind_of_poses_and_given_ones_of_one_content(place: Path, tmp_path: Path) -> None:
+    made, other = tmp_path / "made", tmp_path / "other"
+    perfect(place, made)
+    streets.write_sequence(other, "08", streets.drive(streets.street("train", 1), 3, streets.SMALL, seconds=0.5))
+    near = evaluate_folder.evaluate_folder(made, tmp_path / "near.jsonl", protocol(place))["metrics"]
+    elsewhere = Protocol(other, "08", metrics=SceneMetrics(iou_voxels=(0.5,)))
+    found = evaluate_folder.evaluate_folder(made, tmp_path / "elsewhere.jsonl", elsewhere)["metrics"]
+    alone = evaluate_folder.evaluate_folder(made, tmp_path / "alone" / "rows.jsonl", elsewhere)["metrics"]
+    assert found == alone and found["cd"]["mean"] > near["cd"]["mean"] + 0.1
+    evaluate_folder.evaluate_folder(made, tmp_path / "sensor.jsonl", replace(protocol(place), sensor_poses=True))
+    assert len(list(tmp_path.glob("08-*-map_clean.npy"))) == 3
+
+    given = replace(protocol(place), map_file=tmp_path / "given.npy")
+    with pytest.raises(UserError, match="no such file"):
+        evaluate_folder.evaluate_folder(made, tmp_path / "given.jsonl", given)
+    np.save(tmp_path / "given.npy", build_map(semantic_kitti(place / "kitti", "08")))
+    assert evaluate_folder.evaluate_folder(made, tmp_path / "given.jsonl", given)["metrics"] == near
+    np.save(tmp_path / "given.npy", build_map(semantic_kitti(other, "08")))
+    with pytest.raises(UserError, match="rows measured otherwise .*map was"):
+        evaluate_folder.evaluate_folder(made, tmp_path / "given.jsonl", given)
 
 
 def test_completions_are_cut_to_the_scans_heights_and_compat_changes_the_iou(place: Path, tmp_path: Path) -> None:

@@ -139,6 +139,17 @@ class TestLayouts:
         with pytest.raises(UserError, match="these have none"):
             maps.build_map(drive)
         assert len(maps.build_map(drive, keep=replace(maps.MAP_BUILDER, static=False))) > 1000
+        own = tmp_path / "labels"
+        own.mkdir()
+        for number in (1, 3):
+            labels = scan_of(poses(4)[number], number)[1]
+            files.write_labels(own / f"{number:010d}.label", labels, np.zeros(len(labels)))
+        with pytest.raises(UserError, match=r"labels has no labels for 1 of 3 scans \(the first are 0000000002\)"):
+            layouts.kitti_360(tmp_path, "0003", labels=own)
+        labels = scan_of(poses(4)[2], 2)[1]
+        files.write_labels(own / f"{2:010d}.label", labels, np.zeros(len(labels)))
+        whole = layouts.kitti_360(tmp_path, "0003", labels=own)  # scan 0 has no pose, and needs no labels
+        assert all(scan.labels is not None for scan in whole.scans) and len(maps.build_map(whole)) > 1000
 
 
 class TestBrokenFiles:

@@ -12,6 +12,7 @@ from polyalign.core.cli import main
 from polyalign.core.config import dump, load, packaged
 from polyalign.core.errors import UserError
 from polyalign.core.verbs import modality_module
+from polyalign.datasets.lidar.layouts import TRAINING_SEQUENCES
 from polyalign.modalities.lidar.config import DistillationDPO, LidarRecipe
 from polyalign.modalities.lidar.training import completion_settings, distance_mix, distillation_settings
 
@@ -55,11 +56,24 @@ def test_what_a_recipe_says_reaches_the_algorithm() -> None:
     assert settings.preference and settings.margin == 0.01 and settings.mix.weights == {"cd": 1.0, "jsd": 0.5}
     assert settings.courses == recipe.objective.courses and settings.assistant_rank is None
     assert settings.completion.voxel == recipe.sampler.voxel and settings.completion.guidance == recipe.objective.guidance
-    assert distance_mix(recipe.preference) == settings.mix
+    assert distance_mix(recipe) == settings.mix and settings.mix.max_range == 50.0
     solver = completion_settings(recipe, 8, 2.0).solver
     assert (solver.steps, solver.stochastic, solver.start) == (8, False, 1000)
     score = distillation_settings(recipe, recipe.arms["score_distillation"])  # type: ignore[arg-type]
     assert not score.preference and score.courses == settings.courses
+
+
+def test_preferences_see_as_far_as_the_evaluation() -> None:
+    recipe, _ = load("lidar/quickstart", ["data.max_range=80"], LidarRecipe)
+    assert isinstance(recipe.objective, DistillationDPO)
+    assert distance_mix(recipe).max_range == distillation_settings(recipe, recipe.objective).mix.max_range == 80.0
+
+
+def test_a_teacher_is_trained_for_as_many_epochs_as_there_are_versions() -> None:
+    """SemanticKITTI has 23,201 scans in drives 00 to 10, of which 4,071 are drive 08, which is held out."""
+    recipe, _ = load("lidar/lidiff", [], LidarRecipe)
+    assert recipe.data.sequences == TRAINING_SEQUENCES and "08" not in TRAINING_SEQUENCES
+    assert recipe.train.steps * recipe.train.batch_size == recipe.data.versions * (23_201 - 4_071)
 
 
 @pytest.mark.parametrize("name", ["distillation_dpo", "score_distillation", "lidiff", "diffusion_dpo"])

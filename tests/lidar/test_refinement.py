@@ -29,6 +29,7 @@ from polyalign.modalities.lidar.refinement_training import (
 
 torch.set_num_threads(1)
 SMALL = RefinementSettings(points=120, full_points=400, voxel=0.2)
+WALLS = {"walls": 4}
 SETTINGS = command.Settings(steps=6, batch=2, width=0.125, save_every=3, refinement=SMALL)
 
 
@@ -90,7 +91,7 @@ def test_a_batch_is_its_rows_and_its_step() -> None:
 
 def test_the_loss_falls_and_training_goes_on_exactly(tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=16, rate=1e-2)
-    whole = command.train(Walls(), settings, tmp_path / "whole")
+    whole = command.train(Walls(), settings, tmp_path / "whole", source=WALLS)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert np.mean(losses[-4:]) < 0.8 * losses[0]  # sampling and jitter leave a floor
 
@@ -108,13 +109,15 @@ def test_the_loss_falls_and_training_goes_on_exactly(tmp_path: Path) -> None:
             return super().rows(indices)
 
     with pytest.raises(Killed):
-        command.train(Dying(8), settings, tmp_path / "parts")
+        command.train(Dying(8), settings, tmp_path / "parts", source=WALLS)
     assert not (tmp_path / "parts" / command.WEIGHTS).exists()
-    resumed = command.train(Walls(), settings, tmp_path / "parts").state_dict()
+    resumed = command.train(Walls(), settings, tmp_path / "parts", source=WALLS).state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.state_dict().items())
     assert float(resumed["stem.1.bn.running_var"].sub(1).abs().max()) > 0  # batch statistics have moved, and were kept
     with pytest.raises(UserError, match="refinement"):
-        command.train(Walls(), replace(settings, refinement=replace(SMALL, jitter=0.1)), tmp_path / "parts")
+        command.train(Walls(), replace(settings, refinement=replace(SMALL, jitter=0.1)), tmp_path / "parts", source=WALLS)
+    with pytest.raises(UserError, match="data"):
+        command.train(Walls(), settings, tmp_path / "parts", source={"data": "as many other walls"})
 
 
 def test_refused_input() -> None:
@@ -145,9 +148,49 @@ def test_clouds_of_a_data_set(tmp_path: Path) -> None:
     rows = clouds.rows([0, 2])
     assert len(clouds) == 3 and [row["pair_id"] for row in rows] == ["00-000000", "00-000002"]
     assert all(len(row["points"]) > 1000 and np.linalg.norm(row["points"], axis=1).max() < 50 for row in rows)
-    known = np.load(tmp_path / "work" / "00.npy")
+    known = np.load(tmp_path / "work" / clouds.map_name("00"))
     np.testing.assert_array_equal(known, build_map(command.semantic_kitti(tmp_path, "00")))
     again = command.MapClouds(tmp_path, ["00"], tmp_path / "work").rows([0])
     np.testing.assert_array_equal(again[0]["points"], rows[0]["points"])
     with pytest.raises(UserError, match="there is no sequence '05'"):
         command.MapClouds(tmp_path, ["05"], tmp_path / "work")
+
+
+def test_other_data_of_as_many_clouds_is_neither_mapped_nor_trained_on_as_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, root in enumerate(("first", "second")):
+        drive = streets.drive(streets.street("train", number), 3, streets.SMALL, seconds=0.5)
+        streets.write_sequence(tmp_path / root, "00", drive)
+    found = [command.MapClouds(tmp_path / root, ["00"], tmp_path / "work") for root in ("first", "second", "first")]
+    assert found[0].source == found[2].source != found[1].source and len(list((tmp_path / "work").glob("00-*.npy"))) == 2
+    points = [clouds.rows([1])[0]["points"] for clouds in found]
+    np.testing.assert_array_equal(points[0], points[2])
+    expected = build_map(command.semantic_kitti(tmp_path / "second", "00"))
+    np.testing.assert_array_equal(np.load(tmp_path / "work" / found[1].map_name("00")), expected)
+
+    monkeypatch.setattr(command, "PUBLISHED", SETTINGS)
+    words = [str(tmp_path / "made"), "--sequences", "00", "--steps", "1", "--kitti"]
+    command.main([*words, str(tmp_path / "first")])
+    first = (tmp_path / "made" / command.WEIGHTS).read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*words, str(tmp_path / "second")])
+    assert stopped.value.code == 2 and "data" in capsys.readouterr().err
+    assert (tmp_path / "made" / command.WEIGHTS).read_bytes() == first
+    command.main([*words, str(tmp_path / "first")])
+    assert (tmp_path / "made" / command.WEIGHTS).read_bytes() == first
+
+
+def test_other_scenes_of_the_world_are_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many scenes, of another radius."""
+    small = replace(SETTINGS, streets=1, measured_streets=1, steps=1, scenes=replace(SETTINGS.scenes, drives=5, ends=2))
+    monkeypatch.setattr(command, "WORLD", small)
+    command.main([str(tmp_path)])
+    monkeypatch.setattr(command, "WORLD", replace(small, scenes=replace(small.scenes, farthest=14.0)))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path)])
+    assert "farthest" in capsys.readouterr().err

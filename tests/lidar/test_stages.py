@@ -22,6 +22,7 @@ from polyalign.modalities.lidar.checkpoints import open_completion, save_complet
 from polyalign.modalities.lidar.complete import open_completer
 from polyalign.modalities.lidar.config import LidarRecipe
 from polyalign.modalities.lidar.minkunet import MinkGlobalEnc, MinkUNetDiff
+from polyalign.modalities.lidar.training import SETTINGS, completion_use
 
 torch.set_num_threads(1)
 NARROW = (4, 4, 5, 6, 7, 6, 5, 4, 4)
@@ -185,6 +186,26 @@ def test_the_export_opens_as_published_and_completes(place: Path, tmp_path: Path
         stages.export(recipe_of(place, "train.steps=9"), RunFolder(place / "run"), tmp_path / "other")
 
 
+def test_an_export_completes_as_the_recipe_says_now(place: Path, tmp_path: Path) -> None:
+    """What the training does not depend on changes without a new one; the run folder, which is hashed, stays as it was."""
+    own = (place / "run" / "adapter" / SETTINGS).read_bytes()
+    stages.export(recipe_of(place), RunFolder(place / "run"), tmp_path / "same")
+    assert (tmp_path / "same" / SETTINGS).read_bytes() == own
+    changed = recipe_of(place, "sampler.student_guidance=2.5", "sampler.postprocess=true", "sampler.batch_size=5")
+    stages.export(changed, RunFolder(place / "run"), tmp_path / "changed")
+    sampler = open_completer(str(tmp_path / "changed")).sampler
+    assert (sampler.guidance, sampler.postprocess, sampler.batch_size) == (2.5, True, 5)
+    for name in ("completion.safetensors", "README.md"):
+        assert (tmp_path / "changed" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    assert (place / "run" / "adapter" / SETTINGS).read_bytes() == own
+
+
+def test_what_a_teachers_training_does_not_know_is_said_by_the_recipe(place: Path) -> None:
+    recipe = recipe_of(place, "sampler.guidance=4.0", "evaluate.steps=[3, 6]")
+    said = json.loads(completion_use(recipe, recipe.arms["lidiff"]))
+    assert said["steps"] == 6 and said["sampler"]["guidance"] == 4.0
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -196,6 +217,7 @@ def test_the_export_opens_as_published_and_completes(place: Path, tmp_path: Path
         (["data.source=kitti_360", "data.folder=.", "evaluate.sequences=['00']"], "both have 00"),
         (["data.source=semantic_kitti", "data.folder=nowhere"], "no folder nowhere"),
         (["objective.courses=[2000]"], "do not fit below level 1000"),
+        (["sampler.start=300", "evaluate.steps=[400]", "evaluate.shown=0"], "400 steps do not fit below level 300"),
         (["evaluate.refinement=nowhere.ckpt"], "nowhere.ckpt"),
         (["arms={one: {name: diffusion_dpo, preference: {name: tdpo2}}}"], "arms.one.preference"),
     ],
