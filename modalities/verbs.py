@@ -19,7 +19,7 @@ from polyalign.core.run import RunFolder
 from polyalign.modalities import loops
 from polyalign.modalities.arms import Room, refuse_unless_trained
 from polyalign.modalities.exporting import add_evaluation
-from polyalign.modalities.fingerprints import fingerprint, judge_files, listed
+from polyalign.modalities.fingerprints import MODEL_FILES, fingerprint, judge_files, listed
 
 if TYPE_CHECKING:
     from polyalign.core.objectives.serves import Offer
@@ -138,7 +138,7 @@ def generate(
         _ask(room, recipe, run)
         return
     inputs: dict[str, Any] = {"pairs": pairs.inputs(), "seed": recipe.seed, "source": fingerprint(pairs.location)}
-    inputs |= judge_files(pairs.judges) | listed(pairs.source, pairs.location, formats)
+    inputs |= judge_files(pairs.judges) | listed(pairs.source, pairs.location, formats) | _embedder(pairs.prompts)
     if pairs.sampled:
         inputs |= {**room.model_files(recipe), **samples_of}
     with run.stage("generate", inputs, products=("pairs",)) as stage:
@@ -151,9 +151,16 @@ def _ask(room: Room, recipe: Any, run: RunFolder) -> None:
     """Where the training makes its own pairs: writes ``prompts.jsonl``, what its rounds ask."""
     prompts = recipe.pairs.prompts
     inputs = {"prompts": prompts, "seed": recipe.seed, "source": fingerprint(recipe.pairs.location)}
+    inputs |= _embedder(prompts)
     with run.stage("generate", inputs, products=(loops.PROMPTS,)) as stage:
         if stage.todo:
             loops.AskedPrompts.write(run / loops.PROMPTS, room.conditions_of(prompts, recipe.seed))
+
+
+def _embedder(prompts: Any) -> dict[str, Any]:
+    """The hash of the encoder by which prompts are selected; empty without one, so that finished runs stay finished."""
+    select = getattr(prompts, "select", None)
+    return {} if select is None else {"embedder": fingerprint(str(Path(select.embedder).expanduser()), endings=MODEL_FILES)}
 
 
 def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, Format], makers: Mapping[str, Any]) -> None:
@@ -214,6 +221,7 @@ def evaluate(
         "prompts": fingerprint(prompts.file if prompts else None),
         **judge_files(recipe.evaluate.judges),
         **_reward_inputs(recipe.evaluate),
+        **_embedder(prompts),
     }
     after = ("generate", "train", *(f"train {name}" for name in recipe.arms))
     with run.stage("evaluate", inputs, after=after, products=("samples", "evaluation.json")) as stage:

@@ -32,6 +32,7 @@ class Composer:
     """Clips of the recordings in ``folder``.
 
     Attributes:
+        files: each event's recordings by name, the first of files with the same content.
         phrases: how captions name each event.
 
     Raises:
@@ -41,7 +42,7 @@ class Composer:
     def __init__(self, folder: Path):
         self.folder = folder
         kinds = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        self.files = {kind.name: sorted(file for file in kind.iterdir() if file.suffix.lower() in SUFFIXES) for kind in kinds}
+        self.files = {kind.name: _different(kind) for kind in kinds}
         self.files = {name: files for name, files in self.files.items() if files}
         if len(self.files) < 3:
             raise UserError(
@@ -50,7 +51,10 @@ class Composer:
             )
         lone = [name for name, files in self.files.items() if len(files) < 2]
         if lone:
-            raise UserError(f"{folder}: only one recording of {', '.join(lone)}; one of each is held out, so two are needed")
+            raise UserError(
+                f"{folder}: only one recording of {', '.join(lone)} (copies of a file are one); one of each is held "
+                "out, so two are needed"
+            )
         self.phrases = {name: f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name.replace('_', ' ')}" for name in self.files}
 
     def recordings(self, event: str, split: str) -> list[Path]:
@@ -61,7 +65,7 @@ class Composer:
         """
         if split not in ("train", "heldout"):
             raise ValueError(f"recordings are split into 'train' and 'heldout', not {split!r}")
-        files = sorted(self.files[event], key=lambda file: hashlib.sha256(file.read_bytes()).digest())
+        files = sorted(self.files[event], key=_hash)
         kept_back = max(1, len(files) // 3)
         return files[:kept_back] if split == "heldout" else files[kept_back:]
 
@@ -101,3 +105,13 @@ class Composer:
                 for group in spec.groups
             ]
             yield (draws.choice(captions(spec, self.phrases)), spec, *mix(groups, places))
+
+
+def _different(kind: Path) -> list[Path]:
+    """The recordings in a folder by name; of copies the first."""
+    files = sorted(file for file in kind.iterdir() if file.suffix.lower() in SUFFIXES)
+    return sorted({_hash(file): file for file in reversed(files)}.values())
+
+
+def _hash(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()

@@ -147,8 +147,10 @@ def _clap_block(space: SoundSpace, heard: Sequence[Heard], captions: Sequence[st
 def read_captions(path: Path) -> dict[str, str]:
     """Captions by file name from JSON lines: {"file_name", "text"}, or {"location", "captions"} as Tango's lists have them.
 
+    Sounds find theirs by the file name without folder and ending.
+
     Raises:
-        UserError: unreadable, or a line with neither.
+        UserError: unreadable, a line with neither, or a second, different caption of one name.
     """
     found: dict[str, str] = {}
     try:
@@ -165,7 +167,11 @@ def read_captions(path: Path) -> dict[str, str]:
             raise UserError(f"{path}: line {number} is no JSON object ({error})") from error
         if not isinstance(name, str) or not isinstance(said, str) or not said.strip():
             raise UserError(f"{path}: line {number} has no file_name and text (or location and captions)")
-        found[Path(name).stem] = said
+        if found.setdefault(Path(name).stem, said) != said:
+            raise UserError(
+                f"{path}: line {number} has another caption of {Path(name).stem!r}, by which sounds find theirs, whatever "
+                "their folder and ending. Keep one caption of each sound, and give sounds of several folders different names"
+            )
     return found
 
 

@@ -112,8 +112,8 @@ class TaggerLocator:
         places = {name: tagger.labels_of(name, self.tagger.labels, self.labels) for name in names}
         if lost := [name for name, own in places.items() if not own]:
             raise UserError(
-                f"no label of the tagger shares a word with {lost[0]!r}. Say which it means with the option labels: "
-                f"{{{lost[0]!r}: [LABEL, ...]}}"
+                f"no label of the tagger shares a word with {lost[0]!r}. Say which it means by "
+                f"{{{lost[0]!r}: [LABEL, ...]}}: with a judge's option labels, or in a JSON file given as --labels"
             )
         pieces, times = windows(sound, self.windows.width, self.windows.hop)
         with torch.inference_mode():

@@ -13,15 +13,18 @@ Groups = tuple[tuple[str, ...], ...]
 
 FORWARD = (
     "followed shortly by", "followed closely by", "followed by", "succeeded by", "after which", "and afterwards", "and finally",
-    "and then", "and next", "afterwards", "finally", "then", "before",
+    "and then", "and next", "afterwards", "finally", "then", "before", "shortly after that", "right after that", "after that",
+    "after a while",
 )  # fmt: skip
 """What stands after these sounds later. Longer ones come first, so that "and then" is not left with an "and"."""
-BACKWARD = ("shortly after", "right after", "preceded by", "after")
+BACKWARD = ("shortly after", "right after", "preceded by", "before that", "after")
 """What stands after these sounds earlier."""
 TOGETHER = ("at the same time as", "and at the same time", "simultaneously with", "while", "whilst", "during")
 """What stands after these sounds at the same time."""
 LEADING = ("after", "before", "while")
 """At the start of a caption these join the part up to the first comma to the rest."""
+EARLIER = "earlier"
+"""How a sentence goes on that says what sounded before the last event, as "Before that, ..."."""
 
 COUNTS = {"once": 1, "twice": 2, "two times": 2, "three times": 3, "four times": 4, "five times": 5}
 _KINDS = {word: kind for kind, words in (("then", FORWARD), ("after", BACKWARD), ("while", TOGETHER)) for word in words}
@@ -44,7 +47,7 @@ def split(caption: str) -> Groups:
     "Before" and "then" put what follows later, "after" puts it before what stands just before it, "while" beside it. At the
     start ("After a bell, a drum sounds") they join the part up to the comma to the rest. A phrase with a count ("a bell twice")
     stands so many times, one group after the other. Sentences are put into one group unless a later one starts with a
-    connective. Pauses ("after a short pause") are no events.
+    connective. Pauses ("after a short pause") and what points back ("After that, ...") are no events.
     """
     groups: list[list[str]] = []
     for sentence in _SENTENCES.split(caption.strip()):
@@ -52,7 +55,9 @@ def split(caption: str) -> Groups:
         found = _clause(sentence if rest is None else rest)
         if not found:
             continue
-        if groups and kind is None:
+        if kind == EARLIER:
+            groups[-1:-1] = found
+        elif groups and kind is None:
             groups[-1] += [phrase for group in found for phrase in group] if len(found) == 1 else []
             groups += found if len(found) > 1 else []
         else:
@@ -61,16 +66,19 @@ def split(caption: str) -> Groups:
 
 
 def _leading(sentence: str) -> tuple[str | None, str | None]:
-    """A connective that a sentence starts with, and the sentence with it in the middle; (kind, None) where there is none."""
+    """How a sentence goes on from the one before, None where it says nothing of that, and what is left of it: without its
+    connective, or with it in the middle; None is the sentence as it is."""
     start = _SPLIT.match(sentence)
     if start is None or start.start() != 0 or not sentence[: start.end()].strip():
         return None, None
     word, rest = start[1].lower(), sentence[start.end() :]
     if word not in LEADING:
-        return _KINDS[word], rest
+        return EARLIER if word == "before that" else _KINDS[word], rest
     first, comma, second = rest.partition(",")
     if not comma or not second.strip():
         return _KINDS[word], rest
+    if word != "while" and not _cleaned(first):  # "After a moment, ...", "Before this, ..."
+        return {"after": "then", "before": EARLIER}[word], second
     joined = {"after": "then", "before": "after", "while": "while"}[word]
     return None, f"{first.strip()} {joined} {second.strip()}"
 

@@ -82,6 +82,7 @@ def read_sound(path: Path) -> Clip:
         UserError: it cannot be read, is cut short, or is longer than what is read.
     """
     try:
+        _refuse_cut_wav(path)
         with soundfile.SoundFile(path) as opened:
             if opened.frames * opened.channels > LONGEST:
                 raise UserError(f"{path}: {opened.frames / opened.samplerate / 60:.0f} minutes of sound; cut it into clips")
@@ -93,6 +94,15 @@ def read_sound(path: Path) -> Clip:
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: this sound has samples that are NaN or infinite")
     return Clip(np.ascontiguousarray(samples.mean(axis=1)), rate)
+
+
+def _refuse_cut_wav(path: Path) -> None:
+    """libsndfile takes what is there of a WAV file that was cut short; its header says how long it was."""
+    with path.open("rb") as stream:
+        start = stream.read(8)
+    size, promised = path.stat().st_size, int.from_bytes(start[4:8], "little") + 8
+    if start[:4] == b"RIFF" and size < promised < 0xFFFF_FFFF:  # which is what a stream says that cannot know its length
+        raise UserError(f"{path}: this sound is cut short ({size} of {promised} bytes)")
 
 
 def windows(sound: Sound, width: float, hop: float) -> tuple[list[Clip], np.ndarray]:

@@ -22,7 +22,7 @@ from polyalign.evaluation.audio.sound import RESAMPLER, Sound, at_rate, read_sou
 from polyalign.evaluation.network_judge import device_of
 
 LEAST_SECONDS = 2.0
-"""Shorter sounds are continued with silence before CNN14 hears them, as published."""
+"""Shorter sounds are continued with silence before VGGish and CNN14 hear them, as audioldm_eval does for both."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,27 @@ class SoundSpace:
         return heard
 
 
+def _prepared(sound: Sound, rate: int, least: int = 0) -> Tensor:
+    """(n,) samples at ``rate``, less their mean, continued with silence to two seconds and to ``least`` samples."""
+    wave = torch.from_numpy(at_rate(sound, rate))
+    least = max(round(LEAST_SECONDS * rate), least)
+    return torch.nn.functional.pad(wave - wave.mean(), (0, max(0, least - len(wave))))
+
+
 def _vggish(model: str, device: torch.device) -> SoundSpace:
     path = files.file(model, "features vggish: the model", published="vggish-10086976.pth")
     network = vggish.read(path).to(device)
 
     def hear(sounds: Sequence[Sound]) -> list[Heard]:
-        waves = (torch.from_numpy(at_rate(sound, vggish.RATE)).to(device) for sound in sounds)
+        waves = (_prepared(sound, vggish.RATE).to(device) for sound in sounds)
         return [Heard(_numpy(network(vggish.patches(wave)))) for wave in waves]
 
     return SoundSpace(
         "vggish",
         files.identity(model, [path]),
         "one vector for every 0.96 s, before the last ReLU, without PCA",
-        f"{vggish.RATE} Hz by {RESAMPLER}, mean of channels, log of 64 mel bins 125 to 7500 Hz",
+        f"{vggish.RATE} Hz by {RESAMPLER}, mean of channels, less its mean, at least {LEAST_SECONDS:g} s, "
+        "log of 64 mel bins 125 to 7500 Hz",
         hear,
     )
 
@@ -91,13 +99,8 @@ def _cnn14(model: str, device: torch.device) -> SoundSpace:
     network = cnn14.read(path).to(device)
     front = network.front
 
-    def prepared(sound: Sound) -> Tensor:
-        wave = torch.from_numpy(at_rate(sound, front.rate))
-        least = max(round(LEAST_SECONDS * front.rate), network.least)
-        return torch.nn.functional.pad(wave - wave.mean(), (0, max(0, least - len(wave)))).to(device)
-
     def hear(sounds: Sequence[Sound]) -> list[Heard]:
-        waves = [prepared(sound) for sound in sounds]
+        waves = [_prepared(sound, front.rate, network.least).to(device) for sound in sounds]
         together = [torch.stack(waves)] if len({len(wave) for wave in waves}) == 1 else [wave[None] for wave in waves]
         found = [network(part) for part in together]
         features, logits = (_numpy(torch.cat(column)) for column in zip(*found, strict=True))

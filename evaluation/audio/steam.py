@@ -10,6 +10,7 @@ compare with each other and not with published ones.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -107,9 +108,14 @@ def open_locator(
 ) -> tuple[Locator, dict[str, str]]:
     """A locator by name (``clap`` or ``ast``) from a folder, and what a score made with it records.
 
+    Args:
+        labels: for ``ast``: which labels a phrase means, where it shares no word with them.
+
     Raises:
-        UserError: another name, or weights that cannot be read.
+        UserError: another name, weights that cannot be read, or labels for ``clap``, which needs none.
     """
+    if detector == "clap" and labels is not None:
+        raise UserError("labels say which of a tagger's labels a phrase means; the detector clap has none. Leave them out")
     if detector not in ("clap", "ast"):
         raise UserError(f"there is no detector {detector!r}; allowed: clap, ast")
     where = device_of(detector, device)
@@ -118,7 +124,41 @@ def open_locator(
     told["resampler"] = RESAMPLER
     if detector == "clap":
         return ClapLocator(clap.read(folder, device=where), asked), told
+    if labels:
+        told["labels"] = json.dumps(labels, sort_keys=True)
     return TaggerLocator(tagger.read(folder, device=where), asked, labels or {}), told
+
+
+def sounds_of(folder: Path, tests: Sequence[Test]) -> dict[str, Path]:
+    """The file of each entry, by its id.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found: dict[str, Path] = {}
+    wanted = {test.name for test in tests}
+    for path in sound_files(folder):
+        if path.stem in wanted and found.setdefault(path.stem, path) is not path:
+            raise UserError(
+                f"{folder}: the entry {path.stem!r} has two sounds, {found[path.stem]} and {path}. Keep one of them"
+            )
+    lone = [test.name for test in tests if test.name not in found]
+    if lone:
+        raise UserError(f"{folder}: {len(lone)} of {len(tests)} entries have no sound, such as {lone[0]}.wav")
+    return found
+
+
+def read_labels(path: Path) -> dict[str, list[str]]:
+    """Which labels of a tagger a phrase means, from a JSON file.
+
+    Raises:
+        UserError: unreadable, or not of the form {phrase: [label, ...]}.
+    """
+    content = files.settings(path)
+    for phrase, labels in content.items():
+        if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+            raise UserError(f"{path}: {phrase!r} is {labels!r}; expected a list of labels, as in {{{phrase!r}: [LABEL, ...]}}")
+    return content
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("tests", type=Path, help="AudioTime's ordering_caption.json, or one of its form")
     parser.add_argument("--detector", required=True, choices=("clap", "ast"), help="what finds the events")
     parser.add_argument("--model", required=True, help="its folder in transformers' layout")
+    parser.add_argument("--labels", type=Path, help="for ast: a JSON file of {phrase: [label, ...]}, where words do not do")
     parser.add_argument("--width", type=float, default=Windows.width, help="seconds of a window (default 2)")
     parser.add_argument("--hop", type=float, default=Windows.hop, help="seconds from one window to the next (default 0.5)")
     parser.add_argument("--presence", type=float, default=Windows.presence, help="an event is there from this (default 0.2)")
@@ -139,12 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def measure() -> dict[str, Any]:
         tests = read_tests(asked.tests)
-        sounds = {path.stem: path for path in sound_files(asked.sounds)}
-        lone = [test.name for test in tests if test.name not in sounds]
-        if lone:
-            raise UserError(f"{asked.sounds}: {len(lone)} of {len(tests)} entries have no sound, such as {lone[0]}.wav")
+        sounds = sounds_of(asked.sounds, tests)
         looked = Windows(width=asked.width, hop=asked.hop, presence=asked.presence)
-        locator, told = open_locator(asked.detector, asked.model, looked, device=asked.device)
+        labels = None if asked.labels is None else read_labels(asked.labels)
+        locator, told = open_locator(asked.detector, asked.model, looked, device=asked.device, labels=labels)
         found = evaluate(tests, lambda test: locator(read_sound(sounds[test.name]), [test.former, test.later]))
         return {**found, "made_with": told, "tests": files.digest([asked.tests])}
 

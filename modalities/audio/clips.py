@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,19 +86,33 @@ class Said:
 
     @classmethod
     def of(cls, condition: Any, settings: AudioModelSettings, *, where: str) -> Said:
-        """Raises UserError for a missing prompt and numbers out of range."""
+        """Raises UserError for a missing prompt, what is no number or out of range, and a negative prompt that nothing uses."""
         prompt = caption_of(condition, where=where)
         given: Mapping[str, Any] = condition if isinstance(condition, Mapping) else {}
         steps = given.get("steps", settings.sampling_steps)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
             raise UserError(f"{where}: steps is {steps!r}; allowed: a whole number from 1 to {MOST_STEPS}")
         seconds = given.get("seconds", settings.seconds)
-        if seconds is not None and not 0.0 < float(seconds) <= 600.0:
-            raise UserError(f"{where}: seconds is {seconds}; allowed: more than 0, at most 600")
+        if seconds is not None and not (_number(seconds) and 0.0 < seconds <= 600.0):
+            raise UserError(f"{where}: seconds is {seconds!r}; allowed: more than 0, at most 600")
+        guidance, negative = given.get("guidance", settings.guidance), given.get("negative_prompt", settings.negative_prompt)
+        if not (_number(guidance) and 1.0 <= guidance < math.inf):
+            raise UserError(f"{where}: guidance is {guidance!r}; allowed: a number from 1 (no guidance)")
+        if negative is not None and not isinstance(negative, str):
+            raise UserError(f"{where}: negative_prompt is {negative!r}; allowed: a text, or none")
+        if negative is not None and guidance == 1.0:
+            raise UserError(
+                f"{where}: negative_prompt is {negative!r} and guidance 1, which steers away from nothing. Leave "
+                "negative_prompt out, or take a guidance above 1"
+            )
         return cls(
             prompt=prompt,
             steps=steps,
             seconds=None if seconds is None else float(seconds),
-            guidance=float(given.get("guidance", settings.guidance)),
-            negative=given.get("negative_prompt", settings.negative_prompt),
+            guidance=float(guidance),
+            negative=negative,
         )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -119,17 +119,23 @@ class SamplerConfig(Section):
     steps: int = Field(default=50, ge=1)
     """Denoising steps."""
 
-    guidance: float = Field(default=3.0, ge=0.0)
-    """Scale of classifier-free guidance (published: Tango 3, TangoFlux 4.5)."""
+    guidance: float = Field(default=3.0, ge=1.0, allow_inf_nan=False)
+    """Scale of classifier-free guidance (published: Tango 3, TangoFlux 4.5). 1 is none."""
 
     negative_prompt: str | None = None
-    """What to steer away from."""
+    """What to steer away from; for a guidance above 1."""
 
     batch_size: int = Field(default=8, ge=1)
     """Sounds sampled together."""
 
     codec_batch_size: int = Field(default=8, ge=1)
     """Sounds decoded together."""
+
+    @model_validator(mode="after")
+    def _steers(self) -> SamplerConfig:
+        if self.negative_prompt is not None and self.guidance == 1.0:
+            raise ValueError("'negative_prompt' does nothing at guidance 1: leave it out, or take a guidance above 1")
+        return self
 
 
 class SelectConfig(Section):

@@ -108,7 +108,7 @@ def open_tango(folder: Path, settings: AudioModelSettings) -> Parts:
 def _open_tiny(folder: Path, settings: AudioModelSettings) -> Parts:
     from polyalign.modalities.audio.tiny_opening import open_tiny
 
-    return open_tiny(folder)
+    return open_tiny(folder, settings.resampler)
 
 
 FAMILIES: dict[str, Family] = {

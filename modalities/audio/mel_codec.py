@@ -30,6 +30,7 @@ from polyalign.core.errors import UserError
 from polyalign.datasets.audio.waves import Wave, resampled
 from polyalign.modalities.audio.mel import FrontEnd, filter_bank, log_mel
 
+RESAMPLER = "scipy.resample_poly"
 FILE, WEIGHTS = "codec.json", "codec.safetensors"
 
 
@@ -171,10 +172,11 @@ def griffin_lim(magnitude: Tensor, settings: MelSettings, seed: int = 0) -> Tens
 
 
 class MelCodec:
-    """Fulfils :class:`polyalign.modalities.audio.parts.Codec`; what is cached are the latents themselves."""
+    """Fulfils :class:`polyalign.modalities.audio.parts.Codec`; what is cached are the latents themselves. ``resampler``, a name
+    of :data:`polyalign.datasets.audio.waves.RESAMPLERS`, brings clips to its rate."""
 
-    def __init__(self, settings: MelSettings, basis: PatchBasis):
-        self.settings, self.basis = settings, basis
+    def __init__(self, settings: MelSettings, basis: PatchBasis, resampler: str = RESAMPLER):
+        self.settings, self.basis, self.resampler = settings, basis, resampler
 
     @property
     def rate(self) -> int:
@@ -197,7 +199,7 @@ class MelCodec:
 
     def moments(self, waves: Sequence[Wave]) -> Tensor:
         """Latents (N, C, H, W) float32 of clips, resampled, cut or padded with silence at the end."""
-        return self.basis.encode(patches_of(waves, self.settings))
+        return self.basis.encode(patches_of(waves, self.settings, self.resampler))
 
     def draw(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
         """The latents: this codec is no distribution, so nothing is drawn."""
@@ -225,11 +227,11 @@ class MelCodec:
         save_file(vars(self.basis), folder / WEIGHTS)
 
 
-def patches_of(waves: Sequence[Wave], settings: MelSettings) -> Tensor:
+def patches_of(waves: Sequence[Wave], settings: MelSettings, resampler: str = RESAMPLER) -> Tensor:
     """Log-mel patches (N, P, H, W) of clips, resampled, cut or padded with silence at the end."""
     clips = np.zeros((len(waves), settings.samples), dtype=np.float32)
     for row, wave in zip(clips, waves, strict=True):
-        samples = resampled(wave, settings.rate).samples[: len(row)]
+        samples = resampled(wave, settings.rate, resampler).samples[: len(row)]
         row[: len(samples)] = samples
     return to_patches(log_mel(torch.from_numpy(clips), settings.front), settings.patch)
 

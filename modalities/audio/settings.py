@@ -47,7 +47,7 @@ class AudioModelSettings:
     Sampling (a condition may say ``steps``, ``seconds``, ``guidance`` and ``negative_prompt`` of its own):
         solver: ``ddim``, ``dpmpp`` (DPM-Solver++, second order) or ``ddpm`` (as published, 200 steps); ``euler`` for flow
             models. None is ddim, or euler for a flow model.
-        guidance: u + guidance (c - u); published 3 (Tango), 4.5 (TangoFlux). At 1 or less there is no second branch.
+        guidance: u + guidance (c - u); published 3 (Tango), 4.5 (TangoFlux). At 1 there is no second branch.
         codec_batch: clips decoded at once.
         pad_batches: fill batches up, so that every clip is computed in a batch of the same size and its samples do not depend
             on the others.

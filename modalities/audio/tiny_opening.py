@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from polyalign.core.likelihood.schedules import NoiseSchedule
 from polyalign.modalities.audio import tiny_architecture as tiny
+from polyalign.modalities.audio.mel_codec import RESAMPLER, MelCodec
 from polyalign.modalities.audio.parts import Parts, Told
 from polyalign.modalities.audio.text import T5Text
 
@@ -29,8 +30,8 @@ def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, told: Told) -
     return tiny.predict(denoiser, noisy, timesteps, told.states, told.mask)
 
 
-def open_tiny(folder: Path) -> Parts:
-    """A folder of the embedded base's layout.
+def open_tiny(folder: Path, resampler: str = RESAMPLER) -> Parts:
+    """A folder of the embedded base's layout, whose codec brings clips to its rate by ``resampler``.
 
     Raises:
         UserError: a part of it is missing, or is none.
@@ -47,7 +48,7 @@ def open_tiny(folder: Path) -> Parts:
         denoiser=base.networks["denoiser"],
         predict=predict,
         text=T5Text(base.networks["text_encoder"].eval().requires_grad_(False), base.tokenizer, multiple=tiny.TEXT_LENGTH),
-        codec=base.codec,
+        codec=MelCodec(base.codec.settings, base.codec.basis, resampler),
         scheduler_config=config,
         schedule=NoiseSchedule.from_scheduler_config(config),
         prediction_type=config.get("prediction_type", "epsilon"),

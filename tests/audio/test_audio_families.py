@@ -77,6 +77,15 @@ def rounded_time(model: Model, weights: torch.dtype, dtype: torch.dtype) -> Mode
     return model
 
 
+@pytest.mark.parametrize("family", SECONDS)
+def test_clips_come_to_the_rate_by_the_resampler_that_is_asked_for(family: str, bases: dict[str, Path]) -> None:
+    """Told by the refusal of one that there is not: none is taken in its place."""
+    adapter = opened(family, bases[family], resampler="nearest")
+    odd = {**pairs()[0], "chosen": tango_models.wave(3, rate=22_050)}
+    with pytest.raises(UserError, match="unknown resampler 'nearest'"):
+        adapter.prepare(adapter.load(), [odd], step=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", SECONDS)
 def test_margins_are_zero_in_half_precision_too(family: str, dtype: str, bases: dict[str, Path]) -> None:

@@ -15,9 +15,12 @@ from diffusers import DDIMScheduler
 from diffusers_models import FAMILIES, LENGTH, build
 from tango_models import adapter_of, pairs
 
+from polyalign.core.config import load
 from polyalign.core.errors import UserError
+from polyalign.core.likelihood.schedules import FLOW
 from polyalign.core.references import adapters_off
 from polyalign.modalities.audio import sampling, stable_audio
+from polyalign.modalities.audio.config import AudioRecipe
 from polyalign.modalities.audio.loading import parts_of
 
 torch.set_num_threads(1)
@@ -29,8 +32,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any
     return {name: (root / name, build(root / name, name)) for name in FAMILIES}
 
 
-@pytest.mark.parametrize("negative", [None, "noise", "a cat meows while rain falls"])
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("guidance", "negative"), [(1.0, None), (4.0, None), (4.0, "noise"), (4.0, "a cat meows while rain falls")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stock_pipeline_makes_the_same_sound(
     family: str, guidance: float, negative: str | None, bases: dict[str, tuple[Path, Any]]
@@ -120,3 +124,12 @@ def test_what_a_folder_lacks_is_named(bases: dict[str, tuple[Path, Any]], tmp_pa
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "MusicLDMPipeline"}))
     with pytest.raises(UserError, match="describes a MusicLDMPipeline"):
         adapter_of(folder, seconds=0.03).load()
+
+
+def test_crpo_draws_levels_as_its_default_base_was_trained(bases: dict[str, tuple[Path, Any]]) -> None:
+    """Stable Audio opens as v-prediction on a table of levels; the normal draw of the publication is of flow models."""
+    recipe, _ = load("audio/crpo", [], AudioRecipe)
+    parts = parts_of(adapter_of(bases["stable_audio"][0], seconds=LENGTH["stable_audio"]).load())
+    assert recipe.model.base.startswith("stabilityai/stable-audio-open")
+    assert parts.prediction_type == "v_prediction" and parts.schedule.kind != FLOW
+    assert recipe.likelihood.timesteps.kind == "uniform"

@@ -85,7 +85,7 @@ def test_a_condition_may_say_how(base: Path) -> None:
     model = adapter.load()
     plain = adapter.sample(model, ["rain"], [0])[0]
     ways: list[dict[str, Any]] = [
-        {"steps": 5}, {"seconds": 0.2}, {"guidance": 6.0}, {"negative_prompt": "noise"}, {"guidance": 0.5},
+        {"steps": 5}, {"seconds": 0.2}, {"guidance": 6.0}, {"negative_prompt": "noise"}, {"guidance": 1.0},
     ]  # fmt: skip
     clips = adapter.sample(model, [{"prompt": "rain", **way} for way in ways], [0] * len(ways))
     assert not any(same(plain, clip) for clip in clips) and len(clips[1].samples) == 3200
@@ -94,6 +94,13 @@ def test_a_condition_may_say_how(base: Path) -> None:
     for way, message in (
         ({"steps": 0}, "steps is 0"),
         ({"seconds": -1}, "seconds is -1"),
+        ({"seconds": "long"}, "seconds is 'long'"),
+        ({"guidance": 0.5}, "guidance is 0.5; allowed: a number from 1"),
+        ({"guidance": "x"}, "guidance is 'x'"),
+        ({"guidance": None}, "guidance is None"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": 1, "negative_prompt": "noise"}, "steers away from nothing"),
+        ({"negative_prompt": 3}, "negative_prompt is 3"),
         ({"prompt": None}, "caption is missing"),
     ):
         with pytest.raises(UserError, match=f"condition 0: .*{message}"):

@@ -4,10 +4,16 @@ import json
 import re
 
 import pytest
+import torch
 from audio_runs import recipe, run, save_base, save_pairs
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from polyalign.core.run import RunFolder
 from polyalign.datasets.audio.waves import read
+from polyalign.modalities.audio import stages
+from polyalign.modalities.audio.config import AudioRecipe
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -68,6 +74,56 @@ def test_the_export_is_the_lora(finished, tmp_path):
     assert "polyalign" in (tmp_path / "out" / "README.md").read_text()
 
 
+def save_encoder(folder, seed):
+    """A tiny sentence encoder with random weights."""
+    words = {"[PAD]": 0, "[UNK]": 1, **{word: place for place, word in enumerate(("a", "bell", "drum", "then"), start=2)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(seed)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(folder)
+    return folder
+
+
+class Asked(RunFolder):
+    """A run folder that keeps what each stage depends on."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.inputs = {}
+
+    def stage(self, name, inputs, **options):
+        self.inputs[name] = inputs
+        return super().stage(name, inputs, **options)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_another_encoder_in_the_same_folder_selects_anew(made, tmp_path, online):
+    """Pairs (or the prompts that rounds ask) and evaluation of a recipe that selects; the inputs of one that does not stay."""
+    encoder, asked = save_encoder(tmp_path / "encoder", 0), recipe(*made)
+    prompts = {"world": "sounds", "split": "train", "count": 8}
+    chosen = {"embedder": str(encoder), "clusters": 2, "per_cluster": 1}
+    asked["pairs"] = {"prompts": {**prompts, "select": chosen}, "samples_per_prompt": 2, "judges": [{"name": "sounds"}]}
+    asked["evaluate"]["prompts"]["select"] = {**chosen, "clusters": 1}
+    asked |= {"online": {"rounds": 1, "prompts_per_round": 2}} if online else {}
+
+    def inputs(content):
+        place, loaded = Asked(tmp_path / "run", planning=True), AudioRecipe.model_validate(content)
+        stages.generate(loaded, place)
+        stages.evaluate(loaded, place)
+        return place.inputs
+
+    first = inputs(asked)
+    save_encoder(encoder, 1)
+    other = inputs(asked)
+    assert first.keys() == {"generate", "evaluate"}
+    assert all(first[name]["embedder"] != other[name]["embedder"] for name in first)
+    for section in ("pairs", "evaluate"):
+        del asked[section]["prompts"]["select"]
+    assert all("embedder" not in found for found in inputs(asked).values())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -77,6 +133,8 @@ def test_the_export_is_the_lora(finished, tmp_path):
         ({"pairs": {"source": "strategies"}}, "needs 'prompts' and at least one of 'judges'"),
         ({"pairs": {"source": "folders"}}, "needs 'folder'"),
         ({"objective": {"name": "simpo"}}, "simpo"),
+        ({"sampler": {"guidance": 0.5}}, "guidance.*greater than or equal to 1"),
+        ({"sampler": {"guidance": 1.0, "negative_prompt": "noise"}}, "'negative_prompt' does nothing at guidance 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(made, tmp_path, capsys, changes, words):

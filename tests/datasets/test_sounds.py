@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -271,3 +272,14 @@ def test_pairs_do_not_depend_on_pythons_hashes(tmp_path) -> None:
         )
     for file in (tmp_path / "1").rglob("*.flac"):
         assert file.read_bytes() == (tmp_path / "3" / file.relative_to(tmp_path / "1")).read_bytes()
+
+
+def test_copies_of_a_recording_are_one(tmp_path) -> None:
+    save_recordings(tmp_path)
+    for number in range(3):
+        shutil.copyfile(tmp_path / "drum" / "1.flac", tmp_path / "drum" / f"copy_{number}.flac")
+    assert [file.name for file in Composer(tmp_path).files["drum"]] == ["0.flac", "1.flac", "2.flac"]
+    for number in (0, 2):
+        shutil.copyfile(tmp_path / "drum" / "1.flac", tmp_path / "drum" / f"{number}.flac")
+    with pytest.raises(UserError, match=r"only one recording of drum \(copies"):
+        Composer(tmp_path)

@@ -157,12 +157,42 @@ def test_reading_and_resampling(tmp_path: Path):
     (tmp_path / "cut.flac").write_bytes(b"fLaC and then nothing")
     with pytest.raises(UserError, match="cannot be read"):
         read_sound(tmp_path / "cut.flac")
+    whole = (tmp_path / "stereo.wav").read_bytes()
+    (tmp_path / "short.wav").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"short.wav: this sound is cut short \({len(whole) // 2} of {len(whole)} bytes"):
+        read_sound(tmp_path / "short.wav")
+    (tmp_path / "short.wav").unlink()
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)
     with pytest.raises(UserError, match="empty"):
         read_sound(tmp_path / "none.wav")
     assert [path.name for path in sound_files(tmp_path)] == ["cut.flac", "none.wav", "stereo.wav"]
     with pytest.raises(UserError, match="no such folder"):
         sound_files(tmp_path / "absent")
+
+
+def test_vggish_and_cnn14_hear_sounds_less_their_mean_and_of_two_seconds(tmp_path: Path):
+    """As audioldm_eval prepares them for both: a constant changes nothing, and silence to two seconds is a patch more."""
+    sound = tone(300, 1.0)
+    less = Clip(sound.samples - sound.samples.mean(), RATE)
+    longer = Clip(np.concatenate([less.samples, np.zeros(RATE, dtype=np.float32)]), RATE)
+    for kind, save in (("vggish", save_vggish), ("cnn14", save_cnn14)):
+        space = open_space(kind, str(save(tmp_path / f"{kind}.pth")), device="cpu")
+        with torch.inference_mode():
+            plain, lifted, padded = (space.hear([one])[0] for one in (less, Clip(less.samples + 0.3, RATE), longer))
+        assert np.allclose(plain.features, lifted.features, atol=1e-3), kind
+        assert np.allclose(plain.features, padded.features, atol=1e-3), kind
+        assert len(plain.features) == (2 if kind == "vggish" else 1)
+        assert "less its mean, at least 2 s" in space.preprocessing
+
+
+def test_a_second_caption_of_a_name_is_refused(tmp_path: Path):
+    lines = [{"file_name": "a/1.wav", "text": "a bell"}, {"file_name": "b/1.wav", "text": "a bell"}]
+    path = tmp_path / "captions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert folders.read_captions(path) == {"1": "a bell"}
+    path.write_text("\n".join(map(json.dumps, [*lines, {"location": "1.flac", "captions": "a drum"}])))
+    with pytest.raises(UserError, match=r"captions.jsonl: line 3 has another caption of '1'"):
+        folders.read_captions(path)
 
 
 def test_windows_cover_a_sound():

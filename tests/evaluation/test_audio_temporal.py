@@ -44,6 +44,15 @@ torch.set_num_threads(1)
         ("While rain falls, a dog barks and then a car passes", (("rain falls", "a dog barks"), ("a car passes",))),
         ("A yip occurs, followed by a bleat after a short pause.", (("A yip",), ("a bleat",))),
         ("Rain falls. Then thunder.", (("Rain falls",), ("thunder",))),
+        ("A bell rings. After that, a drum sounds.", (("A bell rings",), ("a drum",))),
+        ("A bell rings. After that a drum sounds.", (("A bell rings",), ("a drum",))),
+        ("A bell rings. After a while, a drum and then a horn.", (("A bell rings",), ("a drum",), ("a horn",))),
+        ("A bell rings. After a moment, a drum sounds.", (("A bell rings",), ("a drum",))),
+        ("A bell rings, and after a while a drum sounds", (("A bell rings",), ("a drum",))),
+        ("A bell rings. Before that, a drum sounds.", (("a drum",), ("A bell rings",))),
+        ("A bell then a horn. Before this, a drum.", (("A bell",), ("a drum",), ("a horn",))),
+        ("A bell, and before that a drum", (("a drum",), ("A bell",))),
+        ("Before that, a drum sounds.", (("a drum",),)),
         ("Rain falls. Birds sing.", (("Rain falls", "Birds sing"),)),
         ("a drum before a bell then a horn", (("a drum",), ("a bell",), ("a horn",))),
         ("Birds and a dog", (("Birds and a dog",),)),
@@ -149,9 +158,34 @@ def test_the_steam_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert steam.main(arguments) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["made_with"]["detector"] == "ast" and "@sha256:" in report["made_with"]["network"]
+    (tmp_path / "sounds" / "again").mkdir()
+    soundfile.write(tmp_path / "sounds" / "again" / "syn_1.flac", tone(900).samples, RATE)
+    assert steam.main(arguments) == 2
+    assert "'syn_1' has two sounds" in capsys.readouterr().err
+    (tmp_path / "sounds" / "again" / "syn_1.flac").unlink()
     (tmp_path / "sounds" / "syn_1.wav").rename(tmp_path / "sounds" / "other.wav")
     assert steam.main(arguments) == 2
     assert "have no sound" in capsys.readouterr().err
+
+
+def test_phrases_that_no_label_shares_a_word_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    entry = {"event": {"Violin": [[0.0, 0.5]], "Bell": [[0.6, 1.0]]}, "caption": "a violin then a bell"}
+    (tmp_path / "tests.json").write_text(json.dumps({"syn_1": entry}))
+    (tmp_path / "sounds").mkdir()
+    soundfile.write(tmp_path / "sounds" / "syn_1.wav", tone(300).samples, RATE)
+    model, labels = save_ast(tmp_path / "ast"), tmp_path / "labels.json"
+    arguments = [str(tmp_path / "sounds"), str(tmp_path / "tests.json"), "--detector", "ast", "--model", str(model)]
+    arguments += ["--device", "cpu", "--width", "0.4", "--hop", "0.2", "--out", str(tmp_path / "out.json")]
+    assert steam.main(arguments) == 2
+    assert "given as --labels" in capsys.readouterr().err
+    labels.write_text(json.dumps({"Violin": LABELS[3]}))
+    assert steam.main([*arguments, "--labels", str(labels)]) == 2
+    assert "'Violin' is 'Drum'; expected a list of labels" in capsys.readouterr().err
+    labels.write_text(json.dumps({"Violin": [LABELS[3]]}))
+    assert steam.main([*arguments, "--labels", str(labels)]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["made_with"]["labels"] == '{"Violin": ["Drum"]}'
+    with pytest.raises(UserError, match="the detector clap has none"):
+        steam.open_locator("clap", str(model), Windows(), labels={"Violin": [LABELS[3]]})
 
 
 def test_the_clap_judge(tmp_path: Path):
