@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from polyalign.core.environment import without_folders
 from polyalign.core.errors import UserError
 
 
@@ -157,6 +161,29 @@ def timesteps(count: int, length: int, draws: torch.Generator, *, noisy_share: f
     everywhere = torch.randint(length, (count,), generator=draws)
     noisy = torch.randint(int(noisy_from * length), length, (count,), generator=draws)
     return torch.where(torch.rand(count, generator=draws) < noisy_share, noisy, everywhere)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the weight files below ``folder``, in the order of their names."""
+    sha = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def write_record(
+    folder: Path, found: Mapping[str, Any], *, started: float, module: str, options: Sequence[str]
+) -> dict[str, Any]:
+    """Write ``base.json``: ``found``, and how long the last run took (from ``started``), torch's version and the command, whose
+    folders are left out. Returns it."""
+    record = {
+        **found,
+        "seconds_of_the_last_run": round(time.time() - started),
+        "torch": torch.__version__,
+        "command": shlex.join(["python", "-m", module, *map(without_folders, options)]),
+    }
+    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def run_command(train: Callable[[], tuple[dict[str, Any], str | None]]) -> None:

@@ -14,10 +14,7 @@ weights.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -31,14 +28,13 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from polyalign.core.environment import without_folders
 from polyalign.core.likelihood.schedules import NoiseSchedule
 from polyalign.core.randomness import rng, seed_of
 from polyalign.datasets.audio.waves import Wave
 from polyalign.datasets.worlds import sound_detector, sounds
 from polyalign.modalities.audio import tiny_architecture as tiny
 from polyalign.modalities.audio.mel_codec import MelCodec, MelSettings, PatchBasis, patches_of
-from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, timesteps, unfit_in_words
+from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, timesteps, unfit_in_words, write_record
 
 MODULE = "polyalign.modalities.audio.pretrain"
 # What the base hears of each task. Orders take longest to learn, so they come more often.
@@ -174,14 +170,6 @@ def unfit(figures: dict[str, float]) -> str | None:
     return None
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 over the weight files, in the order of their names."""
-    sha = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        sha.update(file.read_bytes())
-    return sha.hexdigest()
-
-
 def made_with(settings: Settings, codec: MelSettings) -> dict[str, Any]:
     """What a state must have been made with to be gone on from: everything but how the figures are taken."""
     of_training = {name: value for name, value in asdict(settings).items() if name not in MEASURING}
@@ -210,18 +198,14 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
     )
     tiny.save(folder, tiny.Base(tokenizer, networks.half(), codec))
     kept = tiny.read(folder)  # measured as it is shipped: rounded to float16
-    record = {
+    found = {
         "world": "sounds",
         "errors_in_its_captions": dict(sounds.CAPTION_NOISE),
         "settings": asdict(settings),
         "sha256": digest(folder),
         "figures": measure(kept.networks, kept.tokenizer, kept.codec, settings, settings.measured),
-        "seconds_of_the_last_run": round(time.time() - started),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", "-m", MODULE, *map(without_folders, options)]),
     }
-    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return write_record(folder, found, started=started, module=MODULE, options=options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

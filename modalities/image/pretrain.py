@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyalign.core.environment import without_folders
 from polyalign.core.randomness import rng
 from polyalign.evaluation.weight_files import identity, weight_files
 from polyalign.modalities.image import tiny_architecture as tiny
 from polyalign.modalities.image.pretrain_data import Captioned, Drawings, Shapes, Source
 from polyalign.modalities.image.pretrain_text import Frozen, Learnt, Text, sentence_encoder
-from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, timesteps, unfit_in_words
+from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, timesteps, unfit_in_words, write_record
 
 MODULE = "polyalign.modalities.image.pretrain"
 
@@ -151,14 +149,6 @@ def learnt_from(source: Source, pictures: Tensor, captions: Sequence[str]) -> di
     return {"source": type(source).__name__, "source_sha256": sha.hexdigest()}
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 over the weight files, in the order of their names."""
-    sha = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        sha.update(file.read_bytes())
-    return sha.hexdigest()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -222,18 +212,14 @@ def pretrain(
     train_denoiser(pipeline, encode(pipeline, pictures), text, source, settings, work)
     pipeline.to(torch.float16).save_pretrained(folder)
     kept = type(pipeline).from_pretrained(folder, dtype=torch.float32)  # measured as it is shipped: rounded to float16
-    record = {
+    found = {
         "source": type(source).__name__,
         **encoder,
         "settings": asdict(settings),
         "sha256": digest(folder),
         "figures": measure(kept, source, settings, count=600),
-        "seconds_of_the_last_run": round(time.time() - started),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", "-m", MODULE, *map(without_folders, options)]),
     }
-    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return write_record(folder, found, started=started, module=MODULE, options=options)
 
 
 if __name__ == "__main__":

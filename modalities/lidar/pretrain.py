@@ -13,9 +13,6 @@ killed run continues to the same weights.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polyalign.core.environment import without_folders
 from polyalign.core.randomness import rng, seed_of
 from polyalign.datasets.lidar.samples import augmentation
 from polyalign.modalities.lidar.checkpoints import CompletionNetworks, open_completion, save_completion
@@ -38,7 +34,7 @@ from polyalign.modalities.lidar.measuring import completions, means, qualities
 from polyalign.modalities.lidar.minkunet import MinkGlobalEnc, MinkUNetDiff, scaled
 from polyalign.modalities.lidar.scenes import Scene, SceneSettings, scenes
 from polyalign.modalities.lidar.sparse import voxelise
-from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, unfit_in_words
+from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, unfit_in_words, write_record
 
 MODULE = "polyalign.modalities.lidar.pretrain"
 WEIGHTS = "completion.safetensors"
@@ -208,19 +204,15 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
     kept = training.networks.eval().to(torch.float16)
     save_completion(folder / WEIGHTS, kept.denoiser, kept.encoder)
     opened = open_completion(folder / WEIGHTS)  # measured as it is shipped: rounded to float16
-    record = {
+    found = {
         "world": "streets",
         "settings": asdict(settings),
         "voxel": VOXEL,
-        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "sha256": digest(folder),
         "bytes": (folder / WEIGHTS).stat().st_size,
         "figures": measure(opened, held_out, settings),
-        "seconds_of_the_last_run": round(time.time() - started),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", "-m", MODULE, *map(without_folders, options)]),
     }
-    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return write_record(folder, found, started=started, module=MODULE, options=options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

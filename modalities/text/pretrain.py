@@ -11,10 +11,7 @@ what is kept. Every draw is keyed by its step, so that a killed run continues to
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,11 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from polyalign.core.environment import without_folders
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.clinical.stay import prompt_of
 from polyalign.datasets.worlds import clinical
-from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, unfit_in_words
+from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, unfit_in_words, write_record
 from polyalign.modalities.text import tiny_architecture as tiny
 
 MODULE = "polyalign.modalities.text.pretrain"
@@ -158,11 +154,6 @@ def unfit(figures: dict[str, float]) -> str | None:
     return None
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of the weights."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
 def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER",)) -> dict[str, Any]:
     """Train a base and write it to ``folder`` with ``base.json``, its record, which is returned. ``options`` are the words of
     the command line, for the record.
@@ -184,18 +175,14 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
     tokenizer.padding_side = "right"
     tokenizer.save_pretrained(folder)
     kept = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)  # measured as it is shipped: rounded to float16
-    record = {
+    found = {
         "world": "clinical",
         "errors_in_its_summaries": dict(clinical.ERRORS),
         "settings": asdict(settings),
         "sha256": digest(folder),
         "figures": measure(kept, tokenizer, settings, settings.measured),
-        "seconds_of_the_last_run": round(time.time() - started),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", "-m", MODULE, *map(without_folders, options)]),
     }
-    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return write_record(folder, found, started=started, module=MODULE, options=options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

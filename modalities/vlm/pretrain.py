@@ -16,10 +16,7 @@ what is kept. Every draw is keyed by its step, so that a killed run continues to
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -33,12 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from polyalign.core.environment import without_folders
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.multi_image.hard import Format
 from polyalign.datasets.worlds import scenes_questions, scenes_rows
 from polyalign.datasets.worlds.scenes_questions import TASKS, noisy_answer
-from polyalign.modalities.pretraining import Pace, Stage, Work, run_command, unfit_in_words
+from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, unfit_in_words, write_record
 from polyalign.modalities.vlm import tiny_architecture as tiny
 
 MODULE = "polyalign.modalities.vlm.pretrain"
@@ -215,11 +211,6 @@ def unfit(figures: dict[str, float]) -> str | None:
     return None
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of the weights."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
 def texts(settings: Settings) -> list[str]:
     """Conversations of the training data, for the tokenizer."""
     draws = random.Random(seed_of(settings.seed, "tokenizer"))
@@ -253,18 +244,14 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
     )
     tiny.save(folder, network.to(torch.float16), new_processor(settings))  # the other has kept how it padded
     kept = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)  # measured as it is shipped
-    record = {
+    found = {
         "world": "scenes",
         "errors_in_its_captions": dict(scenes_questions.ERRORS),
         "settings": asdict(settings),
         "sha256": digest(folder),
         "figures": measure(kept, AutoProcessor.from_pretrained(folder), settings, settings.measured),
-        "seconds_of_the_last_run": round(time.time() - started),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", "-m", MODULE, *map(without_folders, options)]),
     }
-    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return write_record(folder, found, started=started, module=MODULE, options=options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
