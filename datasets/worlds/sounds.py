@@ -185,12 +185,22 @@ def prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def random_spec(draws: random.Random, tasks: Sequence[str] = TASKS, *, split: str | None = None) -> Spec:
     """One specification: one of ``tasks`` evenly (a task named twice comes twice as often), then evenly within it; of one
-    split, where one is named."""
-    task = draws.choice(tasks)
-    while True:
-        spec = draws.choice(_all_of(task))
-        if split is None or (_composition(spec) in _held_out()) == (split == "heldout"):
-            return spec
+    split, where one is named. Tasks of which the split has none (of lone events nothing is held out) are passed over.
+
+    Raises:
+        ValueError: it has none of any of them.
+    """
+
+    def fits(spec: Spec) -> bool:
+        return split is None or (_composition(spec) in _held_out()) == (split == "heldout")
+
+    able = [task for task in tasks if any(map(fits, _all_of(task)))]
+    if not able:
+        raise ValueError(f"the split {split!r} has nothing of {', '.join(tasks)}")
+    task = draws.choice(able)
+    while not fits(spec := draws.choice(_all_of(task))):
+        pass
+    return spec
 
 
 def noisy_caption(spec: Spec, draws: random.Random) -> str:

@@ -283,3 +283,10 @@ def test_copies_of_a_recording_are_one(tmp_path) -> None:
         shutil.copyfile(tmp_path / "drum" / "1.flac", tmp_path / "drum" / f"{number}.flac")
     with pytest.raises(UserError, match=r"only one recording of drum \(copies"):
         Composer(tmp_path)
+
+
+def test_tasks_without_held_out_compositions_are_passed_over() -> None:
+    specs = [spec for spec, _, _ in sounds.clips("heldout", 12)]
+    assert "single" not in {spec.task for spec in specs} and len(specs) == 12
+    with pytest.raises(ValueError, match="'heldout' has nothing of single"):
+        sounds.random_spec(random.Random(0), ("single",), split="heldout")
