@@ -15,7 +15,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.likelihood.tokens import TokenSettings, score_tokens
 from polyalign.core.references import adapters_off
 from polyalign.core.scores import Scores
-from polyalign.modalities.text import export, loading, lora, sampling, tokenise
+from polyalign.modalities.text import loading, lora, sampling, tokenise
 from polyalign.modalities.text.settings import TextModelSettings
 from polyalign.modalities.token_rows import (
     RowLength,
@@ -25,8 +25,10 @@ from polyalign.modalities.token_rows import (
     refuse_what_does_not_fit,
     text_of,
 )
+from polyalign.modalities.transformers_export import Opening, export
 
 Progress = Callable[[int, int], None]
+OPENING = Opening("AutoModelForCausalLM", "tokenizer", "AutoTokenizer", "text-generation")
 
 
 class TextAdapter:
@@ -144,7 +146,7 @@ class TextAdapter:
         return self._sampled(model, conditions, seeds, mixture=sampling.Mixture(share, reference), progress=progress)
 
     def export(self, model: Model, folder: Path, card: Mapping[str, Any] | None = None) -> None:
-        export.export(model, Path(folder), card)
+        export(model, Path(folder), OPENING, card)
 
     def _sampled(
         self,

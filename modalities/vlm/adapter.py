@@ -32,8 +32,9 @@ from polyalign.modalities.token_rows import (
     refuse_what_does_not_fit,
     text_of,
 )
+from polyalign.modalities.transformers_export import Opening, export
 from polyalign.modalities.transformers_folders import autocast, checkpoint_activations, plain
-from polyalign.modalities.vlm import batches, export, features, loading, lora, processing, sampling, scoring
+from polyalign.modalities.vlm import batches, features, loading, lora, processing, sampling, scoring
 from polyalign.modalities.vlm.batches import VlmRow
 from polyalign.modalities.vlm.families import stands_still
 from polyalign.modalities.vlm.features import Features
@@ -41,6 +42,7 @@ from polyalign.modalities.vlm.processing import Prompt
 from polyalign.modalities.vlm.settings import VlmModelSettings, losing_in
 
 Progress = Callable[[int, int], None]
+OPENING = Opening("AutoModelForImageTextToText", "processor", "AutoProcessor", "image-text-to-text")
 LOSING_COLUMNS = {"image": "rejected_images", "context": "rejected_messages"}
 
 
@@ -162,7 +164,7 @@ class VlmAdapter:
             return self.sample(model, conditions, seeds, progress=progress)
 
     def export(self, model: Model, folder: Path, card: Mapping[str, Any] | None = None) -> None:
-        export.export(model, Path(folder), card)
+        export(model, Path(folder), OPENING, card)
 
     def prompt(self, model: Model, condition: Any, *, where: str) -> Prompt:
         """The ids, pictures and spans of a condition (:func:`polyalign.modalities.vlm.processing.prompt_of`)."""
