@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from polyalign.core.errors import UserError
 from polyalign.core.likelihood.tokens import HEAD_CHUNK
+from polyalign.modalities.token_settings import refuse_wrong
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -78,19 +78,7 @@ class TextModelSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("rank", "head_chunk", "max_new_tokens", "sample_batch", "top_k")
-        for name in (*counts, "max_prompt_tokens", "max_completion_tokens", "max_length"):
-            value: int | None = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; allowed: 1 or more")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout is {self.dropout}; allowed: from 0 to below 1 (it is the LoRA's)")
-        if not self.temperature >= 0.0:
-            raise UserError(f"temperature is {self.temperature}; allowed: 0 (greedy) or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"top_p is {self.top_p}; allowed: above 0, up to 1 (no cut)")
-        if not self.targets:
-            raise UserError("targets is empty; allowed: all-linear, or names of modules such as q_proj")
+        refuse_wrong(self)
 
     @property
     def weights_dtype(self) -> torch.dtype:

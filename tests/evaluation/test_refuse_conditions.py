@@ -20,4 +20,7 @@ def test_a_worlds_judge_refuses_what_it_does_not_know(name: str) -> None:
 
 
 def test_other_judges_take_any_prompt() -> None:
-    refuse_conditions([build(JudgeConfig(name="saturation"))], [{"prompt": "anything"}])
+    anything, saturation = [{"prompt": "anything"}], JudgeConfig(name="saturation")
+    refuse_conditions([build(saturation)], anything)
+    with pytest.raises(UserError, match="the judge 'shapes'"):  # one of the two is enough
+        refuse_conditions([panel([saturation, JudgeConfig(name="shapes")])], anything)
