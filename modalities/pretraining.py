@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -184,6 +185,29 @@ def write_record(
     }
     (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def command_line(
+    argv: Sequence[str] | None,
+    doc: str | None,
+    defaults: Mapping[str, int],
+    train: Callable[[Path, dict[str, int], Sequence[str]], tuple[dict[str, Any], str | None]],
+) -> None:
+    """A base's command, ``FOLDER [--NAME N ...] [--threads N]``: ``train(folder, lengths, words of the command)`` gives the
+    record and why the base is not fit to be shipped, or None.
+
+    Args:
+        defaults: the lengths that the command can change, for trials.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the base goes; the state of a run that goes on lies in FOLDER.work")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    run_command(lambda: train(options.folder, {name: getattr(options, name) for name in defaults}, arguments))
 
 
 def run_command(train: Callable[[], tuple[dict[str, Any], str | None]]) -> None:

@@ -13,9 +13,7 @@ weights.
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +32,7 @@ from polyalign.datasets.audio.waves import Wave
 from polyalign.datasets.worlds import sound_detector, sounds
 from polyalign.modalities.audio import tiny_architecture as tiny
 from polyalign.modalities.audio.mel_codec import MelCodec, MelSettings, PatchBasis, patches_of
-from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, timesteps, unfit_in_words, write_record
+from polyalign.modalities.pretraining import Pace, Stage, Work, command_line, digest, timesteps, unfit_in_words, write_record
 
 MODULE = "polyalign.modalities.audio.pretrain"
 # What the base hears of each task. Orders take longest to learn, so they come more often.
@@ -209,20 +207,11 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the base goes; the state of a run that goes on lies in FOLDER.work")
-    for name in ("steps", "clips"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-
-    def train() -> tuple[dict[str, Any], str | None]:
-        record = pretrain(options.folder, Settings(steps=options.steps, clips=options.clips), arguments)
+    def train(folder: Path, lengths: dict[str, int], said: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+        record = pretrain(folder, Settings(**lengths), said)
         return record, unfit_in_words(unfit(record["figures"]))
 
-    run_command(train)
+    command_line(argv, __doc__, {"steps": Settings.steps, "clips": Settings.clips}, train)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ killed run continues to the same weights.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,7 +32,7 @@ from polyalign.modalities.lidar.measuring import completions, means, qualities
 from polyalign.modalities.lidar.minkunet import MinkGlobalEnc, MinkUNetDiff, scaled
 from polyalign.modalities.lidar.scenes import Scene, SceneSettings, scenes
 from polyalign.modalities.lidar.sparse import voxelise
-from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, unfit_in_words, write_record
+from polyalign.modalities.pretraining import Pace, Stage, Work, command_line, digest, unfit_in_words, write_record
 
 MODULE = "polyalign.modalities.lidar.pretrain"
 WEIGHTS = "completion.safetensors"
@@ -216,22 +214,13 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the base goes; the state of a run that goes on lies in FOLDER.work")
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    settings = Settings(steps=options.steps)
-
-    def train() -> tuple[dict[str, Any], str | None]:
-        record = pretrain(options.folder, settings, arguments)
+    def train(folder: Path, lengths: dict[str, int], words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+        record = pretrain(folder, Settings(**lengths), words)
         if record["bytes"] > SIZE_LIMIT:
             return record, f"this base takes {record['bytes']} bytes; {SIZE_LIMIT} may be shipped"
         return record, unfit_in_words(unfit(record["figures"]))
 
-    run_command(train)
+    command_line(argv, __doc__, {"steps": Settings.steps}, train)
 
 
 if __name__ == "__main__":

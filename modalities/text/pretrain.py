@@ -10,9 +10,7 @@ what is kept. Every draw is keyed by its step, so that a killed run continues to
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.clinical.stay import prompt_of
 from polyalign.datasets.worlds import clinical
-from polyalign.modalities.pretraining import Pace, Stage, Work, digest, run_command, unfit_in_words, write_record
+from polyalign.modalities.pretraining import Pace, Stage, Work, command_line, digest, unfit_in_words, write_record
 from polyalign.modalities.text import tiny_architecture as tiny
 
 MODULE = "polyalign.modalities.text.pretrain"
@@ -186,20 +184,11 @@ def pretrain(folder: Path, settings: Settings, options: Sequence[str] = ("FOLDER
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the base goes; the state of a run that goes on lies in FOLDER.work")
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    settings = Settings(steps=options.steps)
-
-    def train() -> tuple[dict[str, Any], str | None]:
-        record = pretrain(options.folder, settings, arguments)
+    def train(folder: Path, lengths: dict[str, int], words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+        record = pretrain(folder, Settings(**lengths), words)
         return record, unfit_in_words(unfit(record["figures"]))
 
-    run_command(train)
+    command_line(argv, __doc__, {"steps": Settings.steps}, train)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from polyalign.modalities.audio import pretrain
 from polyalign.modalities.audio import tiny_architecture as tiny
 from polyalign.modalities.audio.mel_codec import MelSettings
 from polyalign.modalities.audio.pretrain import Settings, unfit
+from polyalign.modalities.pretraining import command_line
 
 SMALL = Settings(steps=4, clips=60, batch=2, warmup=2, fitted=60, sampling_steps=2, save_every=2, watched=2, measured=4)
 FIT = {"presence": 0.95, "order": 0.7, "strict": 0.6, "clean": 0.95}
@@ -80,3 +82,19 @@ def test_the_shipped_base_is_the_one_of_its_record() -> None:
     assert record["sha256"] == pretrain.digest(folder) and unfit(record["figures"]) is None
     assert record["settings"] == json.loads(json.dumps(vars(Settings())))
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 6e6
+
+
+def test_the_command_changes_lengths_and_leaves_with_a_complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(tmp_path / "base"), "--steps", "3", "--threads", "1"]
+    asked = []
+
+    def train(folder: Path, lengths: dict[str, int], said: Sequence[str]) -> tuple[dict[str, int], str | None]:
+        asked.append((folder, lengths, list(said)))
+        return {"steps": lengths["steps"]}, "unfit" if lengths["steps"] == 3 else None
+
+    with pytest.raises(SystemExit, match="unfit"):
+        command_line(words, "What it does.", {"steps": 10, "clips": 7}, train)
+    assert asked == [(tmp_path / "base", {"steps": 3, "clips": 7}, words)]
+    assert json.loads(capsys.readouterr().out) == {"steps": 3}
+    command_line(words[:1], "What it does.", {"steps": 10}, train)
+    assert asked[1][1] == {"steps": 10}
