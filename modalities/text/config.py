@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from polyalign.core.config import Section
-from polyalign.core.objectives.table import DPO, TABLE, ObjectiveSpec
+from polyalign.core.objectives.table import DPO, ObjectiveSpec
 from polyalign.core.recipe import (
     BetaConfig,
     Fraction,
@@ -25,9 +25,14 @@ from polyalign.core.recipe import (
 from polyalign.core.recipe_loops import FastSlowConfig, GuideConfig, MarginsConfig, OnlineConfig
 from polyalign.datasets.formats.table import TEXT_SOURCES
 from polyalign.modalities.recipe_sections import check_pairs, location_of
-
-BETA = {"value": 0.1, "convention": "nats"}
-"""Beta of an objective whose own default is for squared errors: the usual value for language models."""
+from polyalign.modalities.token_recipe import (
+    LikelihoodConfig,
+    ModelConfig,
+    PrepareConfig,
+    SamplerConfig,
+    objectives_with_beta,
+    with_beta,
+)
 
 IN_DISTRIBUTION = "in distribution"
 """The split of ``evaluate.rewards`` that is like the training pairs."""
@@ -37,107 +42,6 @@ if TYPE_CHECKING:
 else:
     PairSource = Literal[("generate", *TEXT_SOURCES)]
 """Where pairs come from: made here, or in one of the formats that can be read."""
-
-
-class LoraConfig(Section):
-    """The adapter that is trained beside the frozen base."""
-
-    rank: int = Field(default=16, ge=1)
-    """Rank of the update."""
-
-    alpha: float | None = Field(default=None, gt=0.0)
-    """Scale of the update is alpha / rank; null means alpha = rank."""
-
-    dropout: Fraction = 0.0
-    """Share of the update's inputs that is dropped in training."""
-
-    targets: tuple[str, ...] = ("all-linear",)
-    """Layers that get an update, by the end of their name; `all-linear` is every linear layer but the LM head."""
-
-    start: str | None = None
-    """The adapter to go on from, such as an SFT run's `runs/sft/adapter`; base, samples and reference are then the model with
-    it. Its rank and layers are its own. The reference has to be `frozen`, a copy of it, or `ema` or `none`. Null: a fresh
-    one."""
-
-
-class ModelConfig(Section):
-    """Which model, and what of it is trained."""
-
-    base: str = "tiny"
-    """`tiny` (the base that comes with the package), a hub id, or a transformers folder."""
-
-    revision: str | None = None
-    """Revision of a hub repository."""
-
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the frozen weights; full training keeps float32 and casts the forward pass."""
-
-    device: str = "auto"
-    """`auto` is the GPU if there is one."""
-
-    train: Literal["lora", "full", "qlora"] = "lora"
-    """A low-rank adapter; all weights; or an adapter on weights of 4 bits, which needs a GPU and bitsandbytes."""
-
-    lora: LoraConfig = LoraConfig()
-    """The adapter."""
-
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """`flash_attention_2` needs a GPU and its package."""
-
-    chat_template: str | None = None
-    """A jinja file that takes the place of the tokenizer's own template, relative to the working directory."""
-
-
-class PrepareConfig(Section):
-    """How pairs become tokens. Nothing is ever cut."""
-
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
-    """A pair with a longer prompt is too long."""
-
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    """A pair with a longer answer is too long."""
-
-    max_length: int | None = Field(default=None, ge=1)
-    """A pair whose prompt and longer answer together are longer is too long; the model's own limit holds besides."""
-
-    on_long: Literal["error", "drop"] = "error"
-    """A pair that is too long stops the run before it trains, or is left out, counted and said in the data card."""
-
-    append_eos: bool = True
-    """End answers with the end-of-sequence token, so that the model learns where to stop."""
-
-
-class LikelihoodConfig(Section):
-    """How the log-probabilities of an answer's tokens are computed; the values are the same, to rounding."""
-
-    prefix_sharing: Literal["auto", "on", "off"] = "auto"
-    """Compute the prompt once for both answers. `auto`: where the model's layers allow it, and it says so where they do not."""
-
-    head_chunk: int = Field(default=1024, ge=1)
-    """Positions that go through the LM head together: fewer need less memory."""
-
-    top_k: bool = False
-    """Log the mass and the entropy of the ten most probable tokens, which tell when a training begins to over-optimise;
-    `train.stop` does so by itself."""
-
-
-class SamplerConfig(Section):
-    """How answers are sampled, for pairs and for evaluation."""
-
-    max_new_tokens: int = Field(default=64, ge=1)
-    """An answer ends here at the latest."""
-
-    temperature: float = Field(default=1.0, ge=0.0)
-    """1 is the model's own distribution, 0 takes the likeliest token each time."""
-
-    top_k: int | None = Field(default=None, ge=1)
-    """Draw from so many of the likeliest tokens only."""
-
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Draw from the fewest of the likeliest tokens whose probabilities add up to this."""
-
-    batch_size: int = Field(default=16, ge=1)
-    """Answers sampled together."""
 
 
 class PromptsConfig(Section):
@@ -361,16 +265,7 @@ class TextRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _beta_of_tokens(cls, given: Any) -> Any:
-        """An objective whose own beta is for squared errors has the usual one of language models, stated in nats, unless the
-        recipe says otherwise."""
-        if not isinstance(given, Mapping):
-            return given
-        changed = dict(given)
-        if isinstance(given.get("objective"), Mapping):
-            changed["objective"] = _with_beta(given["objective"])
-        if isinstance(given.get("arms"), Mapping):
-            changed["arms"] = {name: _with_beta(arm) for name, arm in given["arms"].items()}
-        return changed
+        return objectives_with_beta(given)
 
     @field_validator("arms")
     @classmethod
@@ -380,14 +275,4 @@ class TextRecipe(Section):
     @staticmethod
     def objective_defaults(given: Mapping[str, Any]) -> Any:
         """The mapping of an objective as these recipes take it; ``polyalign explain`` asks."""
-        return _with_beta(given)
-
-
-def _with_beta(objective: Any) -> Any:
-    """The mapping of an objective with a beta that has a meaning for tokens."""
-    row = TABLE.get(str(objective.get("name"))) if isinstance(objective, Mapping) else None
-    beta = objective.get("beta", {}) if row else None
-    if row is None or not isinstance(beta, Mapping):
-        return objective
-    own = row.parameters.model_fields["beta"].get_default(call_default_factory=True)
-    return objective if own.convention in ("nats", "sum") else {**objective, "beta": {**BETA, **beta}}
+        return with_beta(given)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
-from polyalign.modalities.text.base_folder import TINY_BASE, local_folder, refuse_what_is_no_base
+from polyalign.modalities.base_folders import local_folder, refuse_what_is_no_base
 from polyalign.modalities.text.settings import TextModelSettings
 from polyalign.modalities.transformers_folders import (
     autocast,
@@ -29,6 +29,8 @@ from polyalign.modalities.transformers_folders import (
     refuse_larger_tokenizer,
     tokenizer_parts,
 )
+
+TINY_BASE = Path(__file__).parent / "tiny_base"
 
 __all__ = ["Base", "autocast", "checkpoint_activations", "device_of", "load", "open_base", "plain", "quiet"]
 

@@ -10,21 +10,18 @@ from typing import Any
 
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
-from polyalign.core.progress import ProgressLine
 from polyalign.core.run import RunFolder
 from polyalign.datasets.formats.table import TEXT_SOURCES
 from polyalign.modalities import verbs
 from polyalign.modalities.arms import train_arms
 from polyalign.modalities.fingerprints import fingerprint
 from polyalign.modalities.held_out import keeps_pairs
-from polyalign.modalities.loops import specs_of
-from polyalign.modalities.text.base_folder import TINY_BASE, local_folder, positions_of, refuse_what_is_no_base
 from polyalign.modalities.text.config import IN_DISTRIBUTION, TextRecipe
-from polyalign.modalities.text.training import ROOM, open_trained
+from polyalign.modalities.text.training import ROOM, TINY_BASE, open_trained
+from polyalign.modalities.token_refusals import CAPABILITIES, base_of, refuse_base, refuse_beta, refuse_start
 
 SCHEMA = TextRecipe
 STAGES = ("generate", "train", "evaluate", "report")
-CAPABILITIES = frozenset({"value", "per_unit", "dense_kl", "confidence"})
 
 Condition = Mapping[str, Any]
 
@@ -39,53 +36,19 @@ def refuse_early(recipe: TextRecipe) -> None:
     """
     from polyalign.core.objectives.serves import Offer
 
-    _refuse_base(recipe)
+    refuse_base(recipe, TINY_BASE)
     if recipe.pairs.location is not None and not Path(recipe.pairs.location).exists():
         fingerprint(recipe.pairs.location)  # it says what is missing
     verbs.refuse_unfit_judges(recipe, ROOM.outputs)
     fingerprint(recipe.evaluate.prompts.file if recipe.evaluate.prompts else None)
     fingerprint(recipe.model.chat_template)
     verbs.refuse_seats(recipe, who="a text recipe", loader="TextAdapter.load_lora(model, folder, ")
-    _refuse_start(recipe)
+    refuse_start(recipe)
     verbs.refuse_labels(recipe, "token", "answers to")
     data: frozenset[Any] = frozenset({"labels" if recipe.pairs.labelled else "pairs"})
     verbs.refuse_objectives(recipe, Offer("a text recipe", "token", CAPABILITIES, data))
-    _refuse_beta(recipe)
+    refuse_beta(recipe)
     _refuse_rewards(recipe)
-
-
-def _refuse_base(recipe: TextRecipe) -> None:
-    """Raises UserError for a folder that is no base, or whose model has no room for as long an answer as is asked for."""
-    folder = TINY_BASE if recipe.model.base == "tiny" else local_folder(recipe.model.base)
-    if folder is None:  # on a model hub
-        return
-    refuse_what_is_no_base(folder)
-    positions, asked = positions_of(folder), recipe.sampler.max_new_tokens
-    if positions is not None and asked >= positions:
-        raise UserError(
-            f"sampler.max_new_tokens is {asked}, and the model {recipe.model.base} has {positions} positions, for prompt and "
-            "answer together. Lower it"
-        )
-
-
-def _refuse_start(recipe: TextRecipe) -> None:
-    """Raises UserError for an adapter to go on from that is not there, or that the reference would be without."""
-    start, reference = recipe.model.lora.start, recipe.train.reference.seat
-    if start is None:
-        return
-    fingerprint(start)
-    if recipe.model.train == "full":
-        raise UserError("model.lora.start is a LoRA to go on from, and model.train is full. Set model.train to lora")
-    if reference in ("adapter_off", "cached"):
-        raise UserError(
-            f"train.reference.seat: {reference} is the base without its LoRA, and this training begins with one "
-            "(model.lora.start). Set it to frozen, a copy of that LoRA, or to ema or none"
-        )
-    if recipe.online is not None and recipe.online.mixture > 0.0:
-        raise UserError(
-            "online.mixture mixes in the base without its LoRA, and this training begins with one (model.lora.start). Leave "
-            "one of the two out"
-        )
 
 
 def _refuse_rewards(recipe: TextRecipe) -> None:
@@ -107,32 +70,11 @@ def _refuse_rewards(recipe: TextRecipe) -> None:
         )
 
 
-def _refuse_beta(recipe: TextRecipe) -> None:
-    """Raises UserError for a beta whose convention means nothing on log-probabilities."""
-    from polyalign.core.objectives.beta import Beta
-    from polyalign.core.scores import Unit
-
-    for key, spec in specs_of(recipe).items():
-        try:
-            Beta.of(spec.beta).effective(Unit("token"))
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from error
-
-
-def _base_of(recipe: TextRecipe) -> dict[str, Any]:
-    """What samples of the base depend on: the model without what is trained of it. Full training loads it in float32, and an
-    adapter on 4 bits loads it in these."""
-    base = recipe.model.model_dump(mode="json", exclude={"train", "lora"})
-    changed: dict[str, Any] = {"full": {"dtype": "float32"}, "qlora": {"bits": 4}}.get(recipe.model.train, {})
-    start = recipe.model.lora.start
-    return base | changed | ({} if start is None else {"start": start})
-
-
 def generate(recipe: TextRecipe, run: RunFolder) -> None:
     """Prompts to pairs, or preferences in any format to pairs: writes ``pairs/``."""
     verbs.refuse_several_processes("generate", run, modality="text")
     refuse_early(recipe)
-    samples_of = {"model": _base_of(recipe), "sampler": recipe.sampler}
+    samples_of = {"model": base_of(recipe), "sampler": recipe.sampler}
     verbs.generate(ROOM, recipe, run, formats=TEXT_SOURCES, samples_of=samples_of)
 
 
@@ -156,18 +98,7 @@ def sampled(
         sampler = recipe.sampler.model_copy(update={"temperature": recipe.evaluate.temperature})
         recipe = recipe.model_copy(update={"sampler": sampler})
     adapter, model = open_trained(recipe, trained)
-    folder, size = run / "samples" / name, recipe.sampler.batch_size
-    folder.mkdir(parents=True, exist_ok=True)
-    answers: list[str] = []
-    with ProgressLine(f"sampling, {name}", total=len(conditions)) as line:
-        for start in range(0, len(conditions), size):
-            part, file = slice(start, start + size), folder / f"{start // size:05d}.json"
-            if not file.is_file():
-                made = adapter.sample(model, conditions[part], seeds[part])
-                atomic_write(file, json.dumps(made, ensure_ascii=False, indent=1) + "\n")
-            answers += json.loads(file.read_text(encoding="utf-8"))
-            line.advance(count=len(conditions[part]))
-    return answers, None
+    return verbs.sampled_texts(adapter, model, run, name, conditions, seeds, batch_size=recipe.sampler.batch_size), None
 
 
 def write_side_by_side(
