@@ -45,12 +45,14 @@ class DenseStatistics:
 
     ``kl`` (G, K, U) is KL(reference || policy) at each unit (TDPO), taken between the ``distributions`` of two passes;
     ``confidence`` (G, K, U), detached, is log p - log sum p^2 (WPO); ``hidden`` (G, K, U, D), detached, are the states from
-    which the units are predicted (CHES).
+    which the units are predicted (CHES); ``runner_up`` (G, K, U), with gradient, is the log-likelihood of the likeliest other
+    content of each unit (rDPO as its authors' code has it).
     """
 
     kl: Tensor | None = None
     confidence: Tensor | None = None
     hidden: Tensor | None = None
+    runner_up: Tensor | None = None
     distributions: Distributions | None = None
 
     def of_candidates(self, index: Tensor) -> DenseStatistics:
@@ -61,8 +63,9 @@ class DenseStatistics:
         return self._each(Tensor.detach, None if self.distributions is None else self.distributions.detach())
 
     def _each(self, change: Callable[[Tensor], Tensor], distributions: Distributions | None) -> DenseStatistics:
-        kl, confidence, hidden = (None if part is None else change(part) for part in (self.kl, self.confidence, self.hidden))
-        return DenseStatistics(kl, confidence, hidden, distributions)
+        parts = (self.kl, self.confidence, self.hidden, self.runner_up)
+        kl, confidence, hidden, runner_up = (None if part is None else change(part) for part in parts)
+        return DenseStatistics(kl, confidence, hidden, runner_up, distributions)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Scores:
             have.add("dense_kl")
         if self.dense is not None and self.dense.confidence is not None:
             have.add("confidence")
+        if self.dense is not None and self.dense.runner_up is not None:
+            have.add("runner_up")
         return frozenset(have)
 
     def of_candidates(self, places: Sequence[int]) -> Scores:

@@ -91,6 +91,19 @@ def token_statistics(
         return Statistics(*_LogProbability.apply(states, head.weight, head.bias, head, targets, rows, confidence, k, _tracks()))
 
 
+@torch.no_grad()
+def likeliest_others(head: Head, states: Tensor, targets: Tensor, *, rows: int) -> Tensor:
+    """The most probable token at each position (N,) other than ``targets`` (N,): the arg-max, or the second best where that is
+    the target."""
+    states, head = head.detach().cast(states.detach())
+    found = []
+    with torch.autocast(states.device.type, enabled=False):
+        for part in head.chunks(states, rows):
+            logits = head.logits(states[part])
+            found.append(logits.scatter_(1, targets[part].unsqueeze(1), -torch.inf).argmax(-1))
+    return torch.cat(found)
+
+
 def divergence(policy: Head, states: Tensor, reference: Head, reference_states: Tensor, *, rows: int) -> Tensor:
     """KL(reference || policy) at each position (N,), with gradient for the policy's states and head alone.
 

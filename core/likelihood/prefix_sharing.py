@@ -131,9 +131,11 @@ def _block_mask(layout: SharedLayout) -> Any:
 
     owner = layout.owner
     assert owner is not None
+    parent = owner if layout.parent is None else layout.parent
 
     def sees(row: Tensor, _: Tensor, column: Tensor, other: Tensor) -> Tensor:
-        return (other <= column) & ((owner[row, other] == -1) | (owner[row, other] == owner[row, column]))
+        own = (owner[row, other] == owner[row, column]) | (owner[row, other] == parent[row, column])
+        return (other <= column) & ((owner[row, other] == -1) | own)
 
     rows, length = owner.shape
     return create_block_mask(sees, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=owner.device)

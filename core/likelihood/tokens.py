@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from polyalign.core.errors import UserError
-from polyalign.core.likelihood.chunked_head import Head, Statistics, divergence, token_statistics
+from polyalign.core.likelihood.chunked_head import Head, Statistics, divergence, likeliest_others, token_statistics
 from polyalign.core.likelihood.prefix_sharing import announce, pays, shared_inputs, why_not
 from polyalign.core.likelihood.tokens_network import plain, states_and_head
 from polyalign.core.likelihood.tokens_rows import Layout, Lengths, separate_rows, shared_rows
@@ -21,7 +21,7 @@ from polyalign.core.scores import DenseStatistics, Scores, Unit
 
 HEAD_CHUNK = 1024
 TOP_K = 10
-DENSE = frozenset({"kl", "confidence", "top_k", "hidden"})
+DENSE = frozenset({"kl", "confidence", "top_k", "hidden", "runner_up"})
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class TokenSettings:
     head_chunk: positions whose logits exist at the same time; fewer with a vocabulary so large that they would exceed 256 MiB.
     dense: what else is wanted of each position. ``kl``: what a KL to another pass's distributions needs (TDPO).
         ``confidence``: log p - log sum p^2 (WPO). ``top_k``: mass and entropies of the 10 most probable tokens, into ``notes``.
-        ``hidden``: the states that the head sees (CHES), detached.
+        ``hidden``: the states that the head sees (CHES), detached. ``runner_up``: the log-probability of the likeliest token
+        that is not the one that stands there (Re-Align's code), which takes the head twice more.
 
     Raises:
         UserError: another value.
@@ -124,11 +125,11 @@ def _at(states: Tensor, layout: Layout) -> Tensor:
 
 
 def _scores(states: Tensor, head: Head, layout: Layout, completion_ids: Tensor, settings: TokenSettings) -> Scores:
-    mask, dense = layout.mask, settings.dense
+    mask, dense, tokens = layout.mask, settings.dense, completion_ids[layout.mask]
     found = token_statistics(
         head,
         states,
-        completion_ids[mask],
+        tokens,
         rows=settings.head_chunk,
         confidence="confidence" in dense,
         k=TOP_K if "top_k" in dense else None,
@@ -140,6 +141,7 @@ def _scores(states: Tensor, head: Head, layout: Layout, completion_ids: Tensor, 
     statistics = DenseStatistics(
         confidence=None if found.confidence is None else _spread(found.confidence, mask),
         hidden=_spread(states.detach(), mask) if "hidden" in dense else None,
+        runner_up=_spread(_runner_up(head, states, tokens, settings.head_chunk), mask) if "runner_up" in dense else None,
         distributions=TokenDistributions(states, head, mask, settings.head_chunk) if "kl" in dense else None,
     )
     return Scores(
@@ -149,6 +151,12 @@ def _scores(states: Tensor, head: Head, layout: Layout, completion_ids: Tensor, 
         dense=statistics if dense - {"top_k"} else None,
         notes=_notes(found, mask),
     )
+
+
+def _runner_up(head: Head, states: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """(N,), with gradient: which token it is has none."""
+    others = likeliest_others(head, states, tokens, rows=rows)
+    return token_statistics(head, states, others, rows=rows).value
 
 
 def _notes(found: Statistics, mask: Tensor) -> dict[str, Tensor]:

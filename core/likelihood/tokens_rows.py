@@ -80,19 +80,22 @@ class SharedLayout(Layout):
     """One row for each group: [prompt | completion 1 | ... | completion K], padded behind the prompt and at the end.
 
     ``prompt_columns`` is where completions begin in all rows; ``owner`` (R, L) is the candidate of each column: -1 for the
-    prompt, -2 for padding.
+    prompt, -2 for padding. ``parent`` (R, L), where completions follow on others: the one before that of each column, or -1.
     """
 
     prompt_columns: int = 0
     owner: Tensor | None = None
+    parent: Tensor | None = None
 
     def visible(self) -> Tensor:
-        """(R, L, L) bool: which columns (last) each column sees. The prompt sees its own past; a completion the prompt and its
-        own past. Padding sees what is before it: what comes of it is never used, but it must be a number."""
+        """(R, L, L) bool: which columns (last) each column sees. The prompt sees its own past; a completion the prompt, its
+        parent and its own past. Padding sees what is before it: what comes of it is never used, but it must be a number."""
         assert self.owner is not None
         owner, length = self.owner, self.owner.shape[1]
         past = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
         seen = (owner.unsqueeze(1) == -1) | (owner.unsqueeze(1) == owner.unsqueeze(2))
+        if self.parent is not None:
+            seen |= owner.unsqueeze(1) == self.parent.unsqueeze(2)
         return past & seen
 
 

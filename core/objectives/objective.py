@@ -36,6 +36,7 @@ Data = Literal["pairs", "labels", "lists", "pairs with margins", "visual triples
 """What groups an objective can be trained on. ``labels``: single candidates, each desirable or not. ``lists``: more than two
 candidates with a target. ``visual triples``: chosen, rejected, chosen under another image. ``visual eights``: MCM-DPO's."""
 
+RUNNER_UP = frozenset({"runner_up"})
 ANY_LIKELIHOOD: frozenset[Kind] = frozenset({"token", "timestep", "position", "surrogate"})
 
 
@@ -85,7 +86,8 @@ class Outcome:
 class Term:
     """One comparison. ``policy`` and ``reference`` name seats: OFS-DPO puts the slow adapter in the reference's place, SimPO
     has none. ``trains`` says which of the two keeps its gradient. ``candidates`` are those of the group that are compared, all
-    by default: a term of a visual objective compares two of three.
+    by default: a term of a visual objective compares two of three. ``hardest_losers``: the losers' units are scored by the
+    likeliest content that they do not have, under policy and reference each its own.
 
     Raises:
         UserError: slots that do not fit together.
@@ -103,6 +105,7 @@ class Term:
     trains: Literal["policy", "reference"] = "policy"
     coefficient: float = 1.0
     candidates: tuple[int, ...] | None = None
+    hardest_losers: bool = False
 
     def __post_init__(self) -> None:
         loss, link = self.loss, self.link
@@ -133,7 +136,12 @@ class Term:
     @property
     def needs(self) -> frozenset[str]:
         slots = (self.weights, self.offset, self.loss, self.sample_weight, self.safeguard)
-        return VALUE.union(*(slot.needs for slot in slots if slot is not None))
+        return VALUE.union(RUNNER_UP if self.hardest_losers else (), *(slot.needs for slot in slots if slot is not None))
+
+    @property
+    def reference_needs(self) -> frozenset[str]:
+        """Capabilities of the reference's scores besides its values."""
+        return self.loss.reference_needs | (RUNNER_UP if self.hardest_losers and self.reference else frozenset())
 
     @property
     def seats(self) -> tuple[str, ...]:
@@ -155,7 +163,9 @@ class Term:
         elif reference is not None:
             reference = reference.detach()
         view = View(policy, reference, batch, scores, beta)
-        return view if self.candidates is None else view.of_candidates(self.candidates)
+        if self.candidates is not None:
+            view = view.of_candidates(self.candidates)
+        return view.with_hardest_losers() if self.hardest_losers else view
 
     def __call__(self, view: View) -> Outcome:
         """The loss (G,) of this term, coefficient included, with its statistics."""
@@ -291,7 +301,7 @@ class Objective:
     def reference_needs(self) -> frozenset[str]:
         """Capabilities of the reference's scores besides its values: a reference that is cached as values has none of them."""
         dense = frozenset({"dense_kl"}) & self.needs  # taken against whole distributions of the reference
-        return dense.union(*(term.loss.reference_needs for term in self.terms))
+        return dense.union(*(term.reference_needs for term in self.terms))
 
     def __call__(self, scores: Mapping[str, Scores], batch: Batch, *, beta: float | Tensor) -> Outcome:
         """The loss of each group of ``batch``, with gradient, and its statistics. ``beta``: a number, or one a group (G,)."""
@@ -337,9 +347,9 @@ class Objective:
                 )
         for term in self.terms:
             given = frozenset() if term.reference is None or term.reference not in scores else scores[term.reference].provides
-            if term.loss.reference_needs - given:
+            if term.reference_needs - given:
                 raise UserError(
-                    f"objective {self.name!r} needs {capability_words(term.loss.reference_needs)} from the reference as well. "
+                    f"objective {self.name!r} needs {capability_words(term.reference_needs)} from the reference as well. "
                     "Score it live (train.reference.seat: adapter_off, frozen or ema); a cached one keeps values only."
                 )
 
@@ -362,6 +372,7 @@ _CAPABILITIES = {
     "output_gradient": "the network's output (the residual, keep_residual=True)",
     "dense_kl": "the KL of whole next-token distributions",
     "confidence": "the confidence of next-token distributions",
+    "runner_up": "the likeliest token that does not stand there",
 }
 _REMEDY = "Take an objective that needs less (`polyalign explain objective` lists them), or a likelihood that provides it."
 

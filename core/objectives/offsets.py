@@ -90,6 +90,21 @@ class PositionKL:
 
 
 @dataclass(frozen=True)
+class AnswerKL:
+    """:class:`PositionKL` with a frozen winner, for the first two candidates alone; further ones, the same answer under other
+    images, have the first's offset, so that the two cancel (CHiP, arXiv 2501.16629)."""
+
+    alpha: float
+    needs: frozenset[str] = frozenset({"dense_kl"})
+    seats: tuple[str, ...] = ()
+    group_separable: bool = True
+
+    def __call__(self, view: View) -> Tensor:
+        offsets = PositionKL(self.alpha, frozen_winner=True)(view)
+        return torch.cat([offsets[:, :2], offsets[:, :1].expand(-1, offsets.shape[1] - 2)], 1)
+
+
+@dataclass(frozen=True)
 class Baseline:
     """o = -beta z with one z for the whole batch, detached: the point from which KTO and BCO call a candidate gained or lost.
 

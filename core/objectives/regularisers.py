@@ -100,6 +100,23 @@ class KeepUp:
 
 
 @dataclass(frozen=True)
+class KeptReward:
+    """-lambda log sigmoid(beta r_w - delta): the winner's reward is to exceed delta (mDPO's anchored preference, arXiv
+    2406.11839)."""
+
+    weight: float
+    delta: float = 0.0
+    unit_weights: UnitWeights = field(default_factory=Sum)
+    needs: frozenset[str] = NOTHING
+    seats: tuple[str, ...] = ("reference",)
+    group_separable: bool = True
+
+    def __call__(self, view: View) -> Tensor:
+        log_ratio = reduce_units(view.policy_values - view.reference_values, view.policy.mask, self.unit_weights(view))
+        return self.weight * F.softplus(self.delta - view.beta * view.of_chosen(log_ratio))
+
+
+@dataclass(frozen=True)
 class ReferenceKL:
     """lambda times the estimate e^-rho - 1 + rho >= 0 of a unit's KL to the reference (k3), mean over all units of the batch,
     as ADPO's code takes it; rho is the unit's log-ratio. Exponentials go on as straight lines where they would overflow."""

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
 from pydantic import Field, TypeAdapter
 
 from polyalign.core.errors import UserError
-from polyalign.core.objectives import table_denoising, table_free, table_groups, table_pairs, table_pointwise, table_tokens
+from polyalign.core.objectives import (
+    table_denoising,
+    table_free,
+    table_groups,
+    table_pairs,
+    table_pointwise,
+    table_tokens,
+    table_visual,
+)
 from polyalign.core.objectives.objective import Objective
 from polyalign.core.objectives.rows import Parameters, PreferenceParameters, Row, preference
 from polyalign.core.objectives.table_denoising import SDPO
@@ -40,7 +48,7 @@ __all__ = [
     "spec_type",
 ]
 
-_FAMILIES = (table_pairs, table_free, table_pointwise, table_tokens, table_groups, table_denoising)
+_FAMILIES = (table_pairs, table_free, table_pointwise, table_tokens, table_groups, table_visual, table_denoising)
 
 TABLE: dict[str, Row] = {row.name: row for family in _FAMILIES for row in family.ROWS}
 

@@ -1,21 +1,17 @@
-"""Rows of the table: lists of candidates, several seats, candidates that differ in the condition."""
+"""Rows of the table: lists of candidates, and several seats."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from polyalign.core.errors import UserError
 from polyalign.core.objectives.links import Clipped, Identity
-from polyalign.core.objectives.losses import Clamped, Contrast, Listwise, Logistic, PlackettLuce
+from polyalign.core.objectives.losses import Clamped, Listwise, Logistic, PlackettLuce
 from polyalign.core.objectives.objective import ANY_LIKELIHOOD, Objective, Term
 from polyalign.core.objectives.regularisers import ReferenceKL
-from polyalign.core.objectives.rows import TOKENS, Flip, Parameters, PreferenceParameters, Row, beta_of, preference
+from polyalign.core.objectives.rows import TOKENS, Flip, Parameters, PreferenceParameters, Row, preference
 from polyalign.core.objectives.weights import Mean, Sum
-from polyalign.core.recipe import BetaConfig
-
-Weight = Annotated[float, Field(ge=0.0)]
 
 
 class ADPO(Parameters):
@@ -51,33 +47,6 @@ class OFSDPO(Parameters):
     """Share of labels taken to be wrong."""
 
 
-class RDPO(Parameters):
-    name: Literal["rdpo"] = "rdpo"
-
-    beta: BetaConfig = beta_of(0.1)
-    """How strongly a log-ratio counts, in nats."""
-
-    visual: float = Field(default=1.0, ge=0.0)
-    """Weight of the visual term: the same answer under the right and under a retrieved image."""
-
-    label_smoothing: Flip = 0.0
-    """Share of labels taken to be wrong."""
-
-
-class MCMDPO(Parameters):
-    name: Literal["mcm_dpo"] = "mcm_dpo"
-
-    beta: BetaConfig = beta_of(0.1)
-    """How strongly a log-ratio counts, in nats."""
-
-    weights: tuple[Weight, Weight, Weight, Weight, Weight, Weight, Weight] = (1.0, 0.5, 0.2, 0.5, 0.2, 0.2, 0.2)
-    """Weights of the comparisons of (context, image, text) all right with, in this order of what is wrong: text, image, image
-    and text, context, context and text, context and image, all three (the code's r3, r2, r5, r1, r4, r6, r7)."""
-
-    normaliser: float | None = Field(default=None, gt=0.0)
-    """What the weighted sum is divided by; null divides by the sum of the weights, which is the code's 2.8."""
-
-
 class OnlineDPO(PreferenceParameters):
     name: Literal["online_dpo"] = "online_dpo"
 
@@ -104,19 +73,6 @@ def _ofs(parameters: OFSDPO) -> Objective:
     else:
         chase = Term(between, policy="partner", reference="policy", trains="reference", coefficient=-parameters.alpha)
     return Objective("ofs_dpo", terms=(Term(loss), chase))
-
-
-def _rdpo(parameters: RDPO) -> Objective:
-    loss = Logistic(parameters.label_smoothing)
-    visual = Term(loss, candidates=(0, 2), coefficient=parameters.visual)
-    return Objective("rdpo", terms=(Term(loss, candidates=(0, 1)), visual))
-
-
-def _mcm(parameters: MCMDPO) -> Objective:
-    divisor = sum(parameters.weights) if parameters.normaliser is None else parameters.normaliser
-    if not divisor:
-        raise UserError("objective.weights are all 0, so there is nothing to compare; give at least one of them a weight")
-    return Objective("mcm_dpo", terms=(Term(Contrast(tuple(weight / divisor for weight in parameters.weights))),))
 
 
 ROWS = (
@@ -149,28 +105,5 @@ ROWS = (
         "clamp is given. Both sides are trained at once, each on an adapter of its own (fast_slow).",
         parameters=OFSDPO,
         build=_ofs,
-    ),
-    Row(
-        name="rdpo",
-        summary="Re-Align: DPO on the answer, and DPO on the image, under which the same answer should be less likely.",
-        formula="-log sigma(beta (r(y_w|v) - r(y_l|v))) - visual log sigma(beta (r(y_w|v) - r(y_w|v_l)))",
-        source="arXiv 2502.13146; taco-group/Re-Align@a82ce56 rDPOtrainer.py.",
-        differences="The paper's formula. The code scores both losers by the likeliest wrong token at each place instead, "
-        "which the paper does not say.",
-        parameters=RDPO,
-        likelihoods=TOKENS,
-        data=("visual triples",),
-        build=_rdpo,
-    ),
-    Row(
-        name="mcm_dpo",
-        summary="One comparison of (context, image, text) all right with all seven ways of being wrong.",
-        formula="-log sigma(beta sum_k w_k (r_0 - r_k) / sum_k w_k)",
-        source="LVUGAI/MCM-DPO@519439d llava/train/llava_trainer.py mcmdpo_loss.",
-        differences="None with normaliser 2.8. Fewer comparisons are weights of 0; the code keeps dividing by 2.8 then.",
-        parameters=MCMDPO,
-        likelihoods=TOKENS,
-        data=("visual eights",),
-        build=_mcm,
     ),
 )

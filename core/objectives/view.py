@@ -116,6 +116,16 @@ class View:
             scores={seat: part(scores) for seat, scores in self.scores.items()},
         )
 
+    def with_hardest_losers(self) -> View:
+        """The same view with the likelihood of the likeliest other content in the place of each unit of the losers."""
+        kept = self.is_chosen.unsqueeze(-1)
+
+        def hardest(scores: Scores) -> Scores:
+            assert scores.dense is not None and scores.dense.runner_up is not None, "Objective checks for runner_up"
+            return replace(scores, values=torch.where(kept, scores.values, scores.dense.runner_up))
+
+        return replace(self, policy=hardest(self.policy), reference=None if self.reference is None else hardest(self.reference))
+
     def with_policy_values(self, values: Tensor) -> View:
         """The same view with other policy values (G, K, U)."""
         return replace(self, policy=replace(self.policy, values=values))

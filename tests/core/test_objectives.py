@@ -35,10 +35,11 @@ from objective_cases import (  # noqa: E402  # pyright: ignore[reportMissingImpo
 
 torch.set_num_threads(1)
 RATIOS = st.lists(st.tuples(*[st.floats(-30, 30)] * 2), min_size=1, max_size=4)
-TWO_CANDIDATES = [name for name in PREFERENCE_ROWS if name not in ("rdpo", "mcm_dpo")]
+VISUAL = ("rdpo", "mdpo", "chip", "mcm_dpo")
+TWO_CANDIDATES = [name for name in PREFERENCE_ROWS if name not in VISUAL]
 STARTS_AT_LN_2 = ["dpo", "cdpo", "robust", "f_dpo", "sdpo", "sigmoid_norm", "tr_dpo", "online_dpo", "aot", "aot_unpaired"]
 BY_VALUES = [name for name in PREFERENCE_ROWS if name not in OUTPUT_ROWS]
-UNSWAPPABLE = ("modpo", "aot", "aot_unpaired", "rdpo", "mcm_dpo", *OUTPUT_ROWS)
+UNSWAPPABLE = ("modpo", "aot", "aot_unpaired", *VISUAL, *OUTPUT_ROWS)
 """Margins stay where they are; a sorted batch has no soft target; visual candidates have places."""
 
 

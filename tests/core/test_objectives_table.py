@@ -59,6 +59,8 @@ REFUSED_FOR_PICTURES = {
     "wpo": "for scores of tokens",
     "rdpo": "for scores of tokens",
     "mcm_dpo": "for scores of tokens",
+    "mdpo": "for scores of tokens",
+    "chip": "for scores of tokens",
     "ofs_dpo": "the seat 'partner' (a second adapter that is trained beside)",
     "tr_dpo": "Set train.reference.seat: ema",
 }

@@ -178,7 +178,7 @@ class TestMemory:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            dense = frozenset({"kl", "confidence", "top_k"})
+            dense = frozenset({"kl", "confidence", "top_k", "runner_up"})
             scores = score_tokens(network, tensors, TokenSettings(prefix_sharing="off", dense=dense))
             assert scores.dense is not None and scores.dense.distributions is not None
             kl = scores.dense.distributions.divergence_from(scores.dense.distributions.detach())
@@ -209,6 +209,24 @@ class TestDense:
             wanted.mean_bits(wanted.entropy * 0) + wanted.entropy[0, 1].mean() / 0.6931471805599453,
         )
         assert float(figures["top_k/mass"][1, 0]) == 0.0
+
+    @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere"])
+    def test_runner_up(self, family: str) -> None:
+        """The likeliest token besides the one that is there, with the gradient of its log-probability."""
+        network, tensors = model_of(family, attention="eager" if family == "Gemma2" else "sdpa"), batch()
+        scores = score_tokens(network, tensors, self.settings("runner_up"))
+        _, whole = by_the_book(network, tensors)
+        labels = tensors["completion_ids"].unsqueeze(-1)
+        expected = whole.scatter(-1, labels, -torch.inf).amax(-1)
+        mask = scores.mask
+        assert scores.dense is not None and scores.dense.runner_up is not None and "runner_up" in scores.provides
+        found = scores.dense.runner_up
+        torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-11)
+        assert not found[~mask].any()
+        ours, theirs = (gradients(network, weighted(values * mask)) for values in (found, expected))
+        assert farthest(ours, theirs) < (1e-12 if family == "Llama" else 2e-6)  # norms in float32 whatever the model is
+        detached = scores.detach().dense
+        assert detached is not None and detached.runner_up is not None and not detached.runner_up.requires_grad
 
     def test_asking_for_nothing_gives_nothing(self) -> None:
         scores = score_tokens(model_of("Llama"), batch(), PLAIN)

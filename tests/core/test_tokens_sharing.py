@@ -15,7 +15,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.likelihood import prefix_sharing
 from polyalign.core.likelihood.prefix_sharing import ATTENTION, FAMILIES, pays
 from polyalign.core.likelihood.tokens import TokenSettings, score_tokens
-from polyalign.core.likelihood.tokens_rows import Lengths, shared_rows
+from polyalign.core.likelihood.tokens_rows import Lengths, SharedLayout, shared_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -103,12 +103,12 @@ class TestTheSameNumbers:
 
     def test_dense_statistics(self) -> None:
         network, tensors = model_of("Llama"), batch()
-        dense = frozenset({"kl", "confidence", "top_k", "hidden"})
+        dense = frozenset({"kl", "confidence", "top_k", "hidden", "runner_up"})
         shared, separate = (
             score_tokens(network, tensors, TokenSettings(prefix_sharing=sharing, dense=dense)) for sharing in ("on", "off")
         )
         assert shared.dense is not None and separate.dense is not None
-        for name in ("confidence", "hidden"):
+        for name in ("confidence", "hidden", "runner_up"):
             torch.testing.assert_close(getattr(shared.dense, name), getattr(separate.dense, name), rtol=0, atol=1e-12)
         for name, note in separate.notes.items():
             torch.testing.assert_close(shared.notes[name], note, rtol=0, atol=1e-12)
@@ -146,6 +146,27 @@ class TestCandidatesDoNotSeeOneAnother:
             [1, 1, 0, 0, 0, 1],
         ]
         assert layout.predicting.tolist() == [1, 3, 4, 1, 5, 6 + 2, 6 + 3, 6 + 2, 6 + 4, 6 + 5]
+
+    def test_the_mask_of_completions_behind_others(self) -> None:
+        """Two pieces behind a prompt of two tokens padded to three, and behind each of them one more. FlexAttention's mask says
+        the same."""
+        owner = torch.tensor([[-1, -1, -2, 0, 0, 1, 2, 3]])
+        parent = torch.tensor([[-1, -1, -1, -1, -1, -1, 0, 1]])
+        nothing = torch.zeros_like(owner)
+        layout = SharedLayout(nothing, nothing[0, :0], nothing.bool(), nothing, 3, owner, parent)
+        visible = layout.visible()
+        assert visible[0].int().tolist() == [
+            [1, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 1, 0, 0, 0, 0],
+            [1, 1, 0, 1, 1, 0, 0, 0],
+            [1, 1, 0, 0, 0, 1, 0, 0],
+            [1, 1, 0, 1, 1, 0, 1, 0],
+            [1, 1, 0, 0, 0, 1, 0, 1],
+        ]
+        columns, none = torch.arange(8), torch.zeros(8, 8, dtype=torch.long)
+        assert torch.equal(prefix_sharing._block_mask(layout).mask_mod(none, none, columns[:, None], columns), visible[0])
 
 
 class TestModelsThatCannot:

@@ -10,7 +10,7 @@ from golden_adapters.cases import Case, agree, tensor
 from golden_adapters.sequences import FLOAT32, agree_label_sums, columns, evaluate
 
 from polyalign.core.objectives import build
-from polyalign.core.objectives.table_groups import MCMDPO
+from polyalign.core.objectives.table_visual import MCMDPO
 from polyalign.evaluation.vlm.cider import cider
 from polyalign.modalities.vlm.negatives import diffused, official_other
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from golden_adapters.cases import Case, agree, tensor
 from golden_adapters.mcm_dpo import agree_diffused
-from golden_adapters.sequences import agree_label_sums, columns, evaluate
+from golden_adapters.sequences import agree_label_sums, columns, evaluate, soft_batch, token_scores
 
 from polyalign.core.objectives import build
-from polyalign.core.objectives.table_groups import RDPO
+from polyalign.core.objectives.table_visual import RDPO
 
 CANDIDATES = ("chosen", "rejected", "imageless_chosen")
 
@@ -29,8 +29,28 @@ def _check(case: Case) -> None:
     for place, name in enumerate(("chosen", "rejected", "imageless")):
         agree(f"grad_policy_{name}", result.summed[:, place], case.outputs[f"grad_policy_{name}"])
     if not free:  # the original's rewards subtract the reference even where its loss does not
+        _check_hardest(case, policy, reference)
         for place, name in enumerate(("chosen_rewards", "rejected_rewards")):
             agree(name, result.outcome.statistics["reward"][:, place], case.outputs[name])
+
+
+def _check_hardest(case: Case, policy: torch.Tensor, reference: torch.Tensor) -> None:
+    """The same numbers, with those of the losers (which in the original's run are of the likeliest other tokens) where
+    ``runner_up`` stands, and their labels' as something else."""
+    values, runner_up = policy.clone().requires_grad_(True), policy.clone().requires_grad_(True)
+    losers = torch.tensor([0.0, -3.0, 5.0], dtype=policy.dtype)
+    scores = {
+        "policy": token_scores(values + losers, runner_up=(runner_up - losers.eq(0) * 2.0).unsqueeze(-1)),
+        "reference": token_scores(reference - losers, runner_up=reference.unsqueeze(-1)),
+    }
+    objective = build(RDPO(loser_logp="hardest_negative"))
+    outcome = objective(scores, soft_batch(torch.tensor([[1.0, 0.0, 0.0]]).expand(len(policy), 3)), beta=case.params["beta"])
+    agree("losses", outcome.loss, case.outputs["losses"])
+    own, others = torch.autograd.grad(outcome.loss.sum(), [values, runner_up])
+    agree("grad_policy_chosen", own[:, 0], case.outputs["grad_policy_chosen"])
+    for place, name in ((1, "rejected"), (2, "imageless")):
+        agree(f"grad_policy_{name}", others[:, place], case.outputs[f"grad_policy_{name}"])
+    assert not own[:, 1:].any() and not others[:, 0].any()
 
 
 def _label_sums(case: Case) -> None:

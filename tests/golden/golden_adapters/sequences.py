@@ -12,7 +12,7 @@ from golden_adapters.pairs import grouped, pair_batch
 from torch import Tensor
 
 from polyalign.core.candidates import Batch
-from polyalign.core.likelihood.chunked_head import Head, token_statistics
+from polyalign.core.likelihood.chunked_head import Head, likeliest_others, token_statistics
 from polyalign.core.objectives import Objective, Outcome
 from polyalign.core.scores import DenseStatistics, Scores, Unit
 
@@ -126,7 +126,7 @@ def agree_label_sums(
     states, targets = logits[:, :-1], labels[:, 1:]
     mask, tokens = targets != IGNORED, targets.clamp(min=0)
     if hardest:
-        tokens = states.scatter(-1, tokens.unsqueeze(-1), float("-inf")).argmax(-1)
+        tokens = likeliest_others(Head(None), states.flatten(0, 1), tokens.flatten(), rows=3).unflatten(0, tokens.shape)
     values = token_statistics(Head(None), states.flatten(0, 1), tokens.flatten(), rows=3).value.unflatten(0, tokens.shape)
     sums = torch.where(mask, values, torch.zeros_like(values)).sum(-1)
     agree(f"{name}_sum", sums, case_outputs[f"{name}_sum"])
