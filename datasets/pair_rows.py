@@ -10,6 +10,8 @@ A row in memory is a mapping::
     provenance       {"model", "model_hash": str or None, "chosen_seed", "rejected_seed": int or None,
                       "sampler", "judges": anything JSON can hold}
 
+Conditions with pictures have further columns (:mod:`polyalign.datasets.pictured_rows`).
+
 In the file ``condition`` is a struct of ``prompt``, ``task`` and ``metadata`` (JSON text of the rest) and ``sampler`` and
 ``judges`` are JSON text, so that every shard has the same schema whatever the rows hold: parquet files whose structs differ do
 not open as one data set.
@@ -24,6 +26,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from polyalign.datasets import pictured_rows
 from polyalign.datasets.outputs import KINDS, OutputKind, kind_of
 
 SIDES = ("chosen", "rejected")
@@ -41,8 +44,9 @@ _PROVENANCE = {
 _TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 
 
-def schema_of(judges: Sequence[str], kind: OutputKind = PICTURE) -> pa.Schema:
-    """The arrow schema with ``judges`` as score columns, and the note by which Hugging Face ``datasets`` knows the outputs."""
+def schema_of(judges: Sequence[str], kind: OutputKind = PICTURE, *, pictured: bool = False) -> pa.Schema:
+    """The arrow schema with ``judges`` as score columns, and the note by which Hugging Face ``datasets`` knows the outputs.
+    ``pictured``: conditions have pictures."""
     structs = {
         "condition": _CONDITION,
         **dict.fromkeys(SCORES, dict.fromkeys(judges, "float64")),
@@ -61,11 +65,16 @@ def schema_of(judges: Sequence[str], kind: OutputKind = PICTURE) -> pa.Schema:
         else:
             fields.append(pa.field(name, pa.string()))
             features[name] = {"dtype": "string", "_type": "Value"}
+    for name, (column, feature) in pictured_rows.COLUMNS.items() if pictured else ():
+        fields.append(pa.field(name, column))
+        features[name] = feature
     note = json.dumps({"info": {"features": features}}, sort_keys=True)
     return pa.schema(fields, metadata={"huggingface": note})
 
 
-def to_stored(row: Mapping[str, Any], judges: Sequence[str], kind: OutputKind = PICTURE) -> dict[str, Any]:
+def to_stored(
+    row: Mapping[str, Any], judges: Sequence[str], kind: OutputKind = PICTURE, *, pictured: bool = False
+) -> dict[str, Any]:
     """One row as the file holds it.
 
     Raises:
@@ -78,6 +87,8 @@ def to_stored(row: Mapping[str, Any], judges: Sequence[str], kind: OutputKind = 
                 f"pair {row['pair_id']!r}: {side} of {sorted(row[side])}, but this store's judges are {sorted(judges)}"
             )
     condition = dict(row["condition"])
+    if pictured:
+        condition.pop(pictured_rows.IMAGES, None)
     prompt, task = condition.pop("prompt"), condition.pop("task", None)
     if task is not None and not isinstance(task, str):  # the column is of text; metadata hold whatever JSON can
         condition["task"], task = task, None
@@ -92,6 +103,7 @@ def to_stored(row: Mapping[str, Any], judges: Sequence[str], kind: OutputKind = 
             "sampler": _json(provenance["sampler"] or {}),
             "judges": _json(provenance["judges"] or {}),
         },
+        **(pictured_rows.to_cells(row) if pictured else {}),
     }
 
 
@@ -109,9 +121,13 @@ def from_stored(stored: Mapping[str, Any], kind: OutputKind = PICTURE, *, decode
     """A stored row in memory: JSON text opened, outputs decoded (pictures to RGB) or left as the bytes of their files."""
     provenance = stored["provenance"]
     opened = {name: json.loads(provenance[name] or "{}") for name in ("sampler", "judges")}
+    more = pictured_rows.from_cells(stored) if pictured_rows.IMAGES in stored else {}
+    images = {pictured_rows.IMAGES: more.pop(pictured_rows.IMAGES)} if more else {}
+    plain = {name: cell for name, cell in stored.items() if name not in pictured_rows.COLUMNS}
     return {
-        **stored,
-        "condition": condition_of(stored["condition"]),
+        **plain,
+        **more,
+        "condition": condition_of(stored["condition"]) | images,
         **{side: (kind.decode if decoded else kind.kept)(stored[side]) for side in SIDES},
         "provenance": {**provenance, **opened},
     }
@@ -138,7 +154,7 @@ def schema_problems(schema: pa.Schema) -> list[str]:
                 problems.append(f"column '{field.name}' must be {field.type}, found {found}")
         elif found != field.type:
             problems.append(f"column '{field.name}' must be {field.type}, found {found}")
-    return problems
+    return [*problems, *(pictured_rows.column_problems(schema) if pictured_rows.is_pictured(schema) else ())]
 
 
 def _types_of_outputs(side: str, kind: OutputKind) -> str:
@@ -161,7 +177,7 @@ def row_problems(stored: Mapping[str, Any], kind: OutputKind = PICTURE) -> list[
         for judge, score in (stored[side] or {}).items():
             if score is None or not math.isfinite(score):
                 problems.append((side, f"judge '{judge}' gave {score}, expected a finite number"))
-    return problems
+    return [*problems, *(pictured_rows.cell_problems(stored) if pictured_rows.IMAGES in stored and not problems else ())]
 
 
 def _json_problems(

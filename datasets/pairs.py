@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from polyalign.core.errors import UserError
 from polyalign.core.files import atomic_write
+from polyalign.datasets import pictured_rows
 from polyalign.datasets.files import listed, remove_unfinished
 from polyalign.datasets.outputs import KINDS, OutputKind, kind_of
 from polyalign.datasets.pair_rows import condition_of, from_stored, row_problems, schema_of, schema_problems, to_stored
@@ -56,10 +57,11 @@ class PairStore:
     Args:
         outputs: the kind of outputs that it is for, a name of :data:`polyalign.datasets.outputs.KINDS`; a store with others is
             refused when it is read. None takes what is there; a new one is then for pictures.
+        pictured: a new one is for conditions with pictures (:mod:`polyalign.datasets.pictured_rows`).
     """
 
-    def __init__(self, folder: str | Path, outputs: str | None = None):
-        self.folder, self.outputs = Path(folder), outputs
+    def __init__(self, folder: str | Path, outputs: str | None = None, *, pictured: bool = False):
+        self.folder, self.outputs, self.pictured = Path(folder), outputs, pictured
         self._kind: OutputKind | None = None
         self._layout: tuple[list[Path], list[tuple[int, int]]] | None = None
         self._files: dict[int, pq.ParquetFile] = {}
@@ -86,7 +88,8 @@ class PairStore:
         if not names:
             raise ValueError("a shard needs at least one judge: parquet has no empty structs. Name them in 'judges'")
         kind = KINDS[self.outputs or "picture"]
-        table = pa.Table.from_pylist([to_stored(row, names, kind) for row in rows], schema=schema_of(names, kind))
+        stored = [to_stored(row, names, kind, pictured=self.pictured) for row in rows]
+        table = pa.Table.from_pylist(stored, schema=schema_of(names, kind, pictured=self.pictured))
         path = self.shard_path(index)
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, table_bytes(table))
@@ -146,9 +149,13 @@ class PairStore:
         return rows
 
     def conditions(self) -> list[dict[str, Any]]:
-        """The condition of every row, without touching the outputs."""
-        tables = [pq.read_table(path, columns=["condition"]) for path in self._shards_or_error()]
-        return [condition_of(row["condition"]) for table in tables for row in table.to_pylist()]
+        """The condition of every row, with its pictures, without touching the outputs."""
+        found: list[dict[str, Any]] = []
+        for path in self._shards_or_error():
+            pictures = [pictured_rows.IMAGES] if pictured_rows.is_pictured(_open(path).schema_arrow) else []
+            rows = pq.read_table(path, columns=["condition", *pictures]).to_pylist()
+            found += [condition_of(row["condition"]) | {name: row[name] or [] for name in pictures} for row in rows]
+        return found
 
     def _read(self, stored: dict[str, Any], shard: str, row: int, decode: bool) -> dict[str, Any]:
         try:

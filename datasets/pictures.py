@@ -6,6 +6,8 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -60,6 +62,30 @@ def fingerprint(content: bytes | Image.Image) -> str:
         return hashlib.sha256(content).hexdigest()
     rgb = content.convert("RGB")
     return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
+
+
+def content_digest(picture: Any) -> str:
+    """SHA-256 of the bytes of a picture's file (:func:`content_of`). An open picture has the same before and after the store
+    has written it.
+
+    Raises:
+        TypeError: something else.
+    """
+    return hashlib.sha256(content_of(picture)).hexdigest()
+
+
+def content_of(picture: Any) -> bytes:
+    """The bytes of a picture's file, whatever it is: ``{"bytes", "path"}``, bytes, or an open picture (PNG).
+
+    Raises:
+        TypeError: something else.
+    """
+    content = picture["bytes"] if isinstance(picture, Mapping) else picture
+    if isinstance(content, Image.Image):
+        return encode_png(content)
+    if not isinstance(content, bytes):
+        raise TypeError(f"expected a picture or the bytes of one, found {type(picture).__name__}")
+    return content
 
 
 def ending_of(content: bytes) -> str | None:

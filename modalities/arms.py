@@ -46,6 +46,11 @@ def nothing(_recipe: Any, _run: RunFolder, _asked: Any) -> dict[str, Any]:
     return {}
 
 
+def no_tables(_evaluation: Mapping[str, Any], _conditions: Sequence[Mapping[str, Any]], _seed: int) -> dict[str, Any]:
+    """What every evaluation has."""
+    return {}
+
+
 def everything(_recipe: Any, _adapter: Any, _model: Model, _store: Any, indices: Sequence[int]) -> Selected:
     """All pairs."""
     return Selected(indices)
@@ -59,7 +64,8 @@ class Room:
     model is read from; ``conditions_of(prompts, seed)`` the conditions of ``evaluate.prompts``; ``tell_beta(adapter, model,
     objective, rows)`` says what beta means for this model (``rows`` is empty where rounds make them later); ``select`` leaves
     out pairs that the model cannot take; ``trainable(recipe, adapter, model)`` makes the model one that is trained;
-    ``measured(recipe, run, asked)`` is what an evaluation says besides its samples' scores, by key of ``evaluation.json``.
+    ``measured(recipe, run, asked)`` is what an evaluation says besides its samples' scores, by key of ``evaluation.json``;
+    ``pictured``: conditions have pictures; ``tables(evaluation, conditions, seed)`` is what is added up from its items, by key.
     """
 
     outputs: str
@@ -71,11 +77,13 @@ class Room:
     trainable: Callable[[Any, Any, Model], Model] = fresh
     measured: Callable[[Any, RunFolder, Any], dict[str, Any]] = nothing
     label_store: Callable[[Path], LabelStore] = LabelStore
+    pictured: bool = False
+    tables: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]], int], dict[str, Any]] = no_tables
 
-    def pairs_of(self, recipe: Any, run: RunFolder) -> Any:
-        """The run's pairs, or single answers with labels where the recipe reads such."""
+    def pairs_of(self, recipe: Any, run: RunFolder, place: str = "pairs") -> Any:
+        """The run's pairs, or single answers with labels where the recipe reads such; in the folder ``place`` of the run."""
         labelled = getattr(recipe.pairs, "labelled", False)
-        return self.label_store(run / "pairs") if labelled else PairStore(run / "pairs", self.outputs)
+        return self.label_store(run / place) if labelled else PairStore(run / place, self.outputs, pictured=self.pictured)
 
     def asked_of(self, recipe: Any, run: RunFolder) -> Any:
         """What says which prompts take part in training: the run's pairs, or the prompts that rounds ask."""

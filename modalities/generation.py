@@ -32,6 +32,7 @@ from polyalign.datasets.formats.table import Format, import_format
 from polyalign.datasets.outputs import KINDS
 from polyalign.datasets.pairing import Mode, Paired, Ties, histogram, pair_up
 from polyalign.datasets.pairs import PairStore, table_bytes
+from polyalign.datasets.pictures import content_digest
 from polyalign.evaluation.judges import checked_scores, panel
 
 if TYPE_CHECKING:
@@ -146,13 +147,14 @@ def generate_pairs(
     folder: Path,
     seed: int,
     outputs: str = "picture",
+    pictured: bool = False,
     may_be_none: bool = False,
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """Make the shards that ``folder`` lacks, write ``summary.json`` and return it.
 
-    ``outputs`` is the kind of what the adapter samples. ``progress(samples done, samples in all)`` is called after every shard;
-    without it a progress line is shown.
+    ``outputs`` is the kind of what the adapter samples; ``pictured``: conditions have pictures. ``progress(samples done,
+    samples in all)`` is called after every shard; without it a progress line is shown.
 
     Raises:
         UserError: no conditions, the folder holds pairs made in another way, a score that is not a number, no pair at all
@@ -160,7 +162,7 @@ def generate_pairs(
     """
     if not conditions:
         raise UserError("there are no prompts to make pairs from; give at least one")
-    store = PairStore(folder, outputs)
+    store = PairStore(folder, outputs, pictured=pictured)
     store.folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(store.folder)
     claim(store.folder, _inputs(model, conditions, judge, settings, seed))
@@ -182,14 +184,19 @@ def _inputs(
     model: Model, conditions: Sequence[Condition], judge: Judge, settings: GenerationSettings, seed: int
 ) -> dict[str, Any]:
     """Everything that the bytes of the shards depend on."""
-    prompts = json.dumps([dict(condition) for condition in conditions], sort_keys=True, ensure_ascii=False)
     return {
         "model": model.identity,
-        "prompts": {"count": len(conditions), "sha256": hashlib.sha256(prompts.encode()).hexdigest()},
+        "prompts": {"count": len(conditions), "sha256": digest_of(conditions)},
         "judge": {"name": judge.name, "version": judge.version},
         "settings": json.loads(json.dumps(asdict(settings), default=dict)),
         "seed": seed,
     }
+
+
+def digest_of(conditions: Sequence[Condition]) -> str:
+    """SHA-256 of conditions; pictures in them count by their content."""
+    plain = json.dumps([dict(one) for one in conditions], sort_keys=True, ensure_ascii=False, default=content_digest)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def claim(folder: Path, inputs: Mapping[str, Any]) -> None:

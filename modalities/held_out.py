@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.pairs import PairStore
+from polyalign.datasets.pictures import content_digest
 
 SHOWN_OVERLAPS = 5
 
@@ -108,9 +109,18 @@ def _refuse_overlap(conditions: Sequence[Condition], trained: Sequence[Condition
 
 
 def _asked(condition: Condition) -> str:
-    """What tells a condition from others: its prompt, and of a conversation all turns, since many end with the same words."""
+    """What tells a condition from others: its prompt, of a conversation all turns, since many end with the same words, and its
+    pictures, of which the same is asked."""
     turns = condition.get("messages")
-    return condition["prompt"] if turns is None else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    words = condition["prompt"] if turns is None else "\n".join(f"{turn['role']}: {_said(turn['content'])}" for turn in turns)
+    return "\n".join([words, *(content_digest(picture) for picture in condition.get("images") or ())])
+
+
+def _said(content: Any) -> str:
+    """A turn's text; of one in parts the texts, and a mark where a picture stands."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") if part.get("type") == "text" else f"<{part.get('type')}>" for part in content)
 
 
 def _words(condition: Condition) -> str:

@@ -68,15 +68,24 @@ class SftFirstConfig(Section):
     schedule and the optimiser begin anew with the objective."""
 
 
-def check_pairs(pairs: Any, sources: Mapping[str, Format], made: tuple[str, ...] = ("generate",)) -> None:
-    """Refuse a section ``pairs`` that lacks what its source needs. ``made`` are the sources that sample and judge here.
+def check_pairs(
+    pairs: Any,
+    sources: Mapping[str, Format],
+    made: tuple[str, ...] = ("generate",),
+    *,
+    judged: tuple[str, ...] | None = None,
+) -> None:
+    """Refuse a section ``pairs`` that lacks what its source needs. ``made`` are the sources that sample here; of them those
+    that are ``judged`` need judges, all if it is None.
 
     Raises:
         ValueError: for pydantic to tell.
     """
     if pairs.source in made:
-        if pairs.prompts is None or not pairs.judges:
-            raise ValueError(f"source '{pairs.source}' needs 'prompts' and at least one of 'judges'")
+        needs_judge = judged is None or pairs.source in judged
+        if pairs.prompts is None or (needs_judge and not pairs.judges):
+            named = "'prompts' and at least one of 'judges'" if needs_judge else "'prompts'"
+            raise ValueError(f"source '{pairs.source}' needs {named}")
         if pairs.options:
             raise ValueError(f"source '{pairs.source}' has no options")
         return

@@ -127,11 +127,14 @@ def generate(
     formats: Mapping[str, Format],
     samples_of: Mapping[str, Any],
     makers: Mapping[str, Callable[[Any, RunFolder, Any, Any], None]] = {},
+    place: str = "pairs",
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Prompts to pairs, or preferences in any format to pairs: writes ``pairs/``.
 
     ``formats`` is the table of the modality's formats, ``samples_of`` what samples of the base depend on besides its files.
     ``makers`` are further sources that sample and judge, by name: ``maker(recipe, run, adapter, model)`` fills ``pairs/``.
+    Pairs that are not done with being made are made in the folder ``place`` of the run, and ``finish()`` fills ``pairs/``.
     """
     pairs = recipe.pairs
     if loops.is_online(recipe):
@@ -144,7 +147,9 @@ def generate(
     with run.stage("generate", inputs, products=("pairs",)) as stage:
         if stage.todo:
             refuse_unknown_prompts(room, recipe)
-            _generate(room, recipe, run, formats, makers)
+            _generate(room, recipe, run, formats, makers, place)
+            if finish is not None:
+                finish()
 
 
 def _ask(room: Room, recipe: Any, run: RunFolder) -> None:
@@ -163,12 +168,14 @@ def _embedder(prompts: Any) -> dict[str, Any]:
     return {} if select is None else {"embedder": fingerprint(str(Path(select.embedder).expanduser()), endings=MODEL_FILES)}
 
 
-def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, Format], makers: Mapping[str, Any]) -> None:
+def _generate(
+    room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, Format], makers: Mapping[str, Any], place: str
+) -> None:
     from polyalign.datasets.formats.own_samples import Drawing
     from polyalign.evaluation.judges import panel
     from polyalign.modalities.generation import GenerationSettings, generate_pairs, read_pairs
 
-    pairs, store, sampler = recipe.pairs, room.pairs_of(recipe, run), recipe.sampler.model_dump(mode="json")
+    pairs, store, sampler = recipe.pairs, room.pairs_of(recipe, run, place), recipe.sampler.model_dump(mode="json")
     if not pairs.sampled:
         read_pairs(pairs, store, formats)
         return
@@ -190,9 +197,10 @@ def _generate(room: Room, recipe: Any, run: RunFolder, formats: Mapping[str, For
             sampler=sampler,
             **pairs.pairing.model_dump(),
         ),
-        folder=run / "pairs",
+        folder=run / place,
         seed=recipe.seed,
         outputs=room.outputs,
+        pictured=room.pictured,
     )
 
 
@@ -272,6 +280,7 @@ def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any
         aligned_images=aligned_files,
         arms=arms,
     )
+    report |= room.tables(report, conditions, recipe.seed)
     report |= room.measured(recipe, run, asked)
     atomic_write(run / "evaluation.json", json.dumps(report, indent=1))
 
@@ -299,6 +308,31 @@ def sampled_files(
                     atomic_write(run / file, encode(output))
             line.advance(count=len(files[part]))
     return files
+
+
+def sampled_texts(
+    adapter: Any,
+    model: Any,
+    run: RunFolder,
+    name: str,
+    conditions: Sequence[Condition],
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+) -> list[str]:
+    """Answers of one model, written to ``samples/NAME``, a file for each batch; those already there are read again."""
+    folder = run / "samples" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    answers: list[str] = []
+    with ProgressLine(f"sampling, {name}", total=len(conditions)) as line:
+        for start in range(0, len(conditions), batch_size):
+            part, file = slice(start, start + batch_size), folder / f"{start // batch_size:05d}.json"
+            if not file.is_file():
+                made = adapter.sample(model, conditions[part], seeds[part])
+                atomic_write(file, json.dumps(made, ensure_ascii=False, indent=1) + "\n")
+            answers += json.loads(file.read_text(encoding="utf-8"))
+            line.advance(count=len(conditions[part]))
+    return answers
 
 
 # --- report and export -------------------------------------------------------------------------------------------------------

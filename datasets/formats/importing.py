@@ -203,6 +203,7 @@ class _Import:
             "rejected": pair.rejected,
             **dict(zip(SCORES, pair.scores, strict=True)),
             "provenance": provenance,
+            **pair.losing,
         }
 
     def _judges(self) -> Sequence[str]:
@@ -226,9 +227,14 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def _nothing(picture: Any) -> None:
+    """In the place of a picture's bytes in a condition."""
+
+
 def _check_text(pair: Pair) -> None:
     """Raises ValueError for text that no file can hold: half of a Unicode pair, as JSON and file names may have it."""
     try:
-        json.dumps([pair.pair_id, pair.condition, dict(pair.origin), pair.provenance], ensure_ascii=False).encode()
+        plain = [pair.pair_id, pair.condition, dict(pair.origin), pair.provenance]
+        json.dumps(plain, ensure_ascii=False, default=_nothing).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text that is not Unicode: {error.object[max(0, error.start - 20) : error.end]!r}") from error

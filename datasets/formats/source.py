@@ -24,7 +24,8 @@ class Pair:
     """One preference as an importer found it; pictures are the bytes of their files, texts are text.
 
     ``origin`` says where it is from (it becomes ``provenance.sampler``). ``provenance`` is only given for pairs that this
-    package exported, and then kept as it is. ``checked``: the outputs have been looked at before.
+    package exported, and then kept as it is. ``checked``: the outputs have been looked at before. ``losing``: the pictures or
+    words of the prompt that lose (:mod:`polyalign.datasets.pictured_rows`).
     """
 
     pair_id: str
@@ -35,6 +36,7 @@ class Pair:
     scores: tuple[Mapping[str, float], Mapping[str, float]] = PREFERRED
     provenance: Mapping[str, Any] | None = None
     checked: bool = False
+    losing: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

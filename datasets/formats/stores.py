@@ -18,7 +18,9 @@ from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry
 from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
+from polyalign.datasets.pictured_rows import LOSING_IMAGES, LOSING_MESSAGES
 
+LOSING = (LOSING_IMAGES, LOSING_MESSAGES)
 TOGETHER = 16  # pairs that are read together, and that a judge sees in one call
 
 
@@ -140,13 +142,15 @@ def _pair(row: Mapping[str, Any]) -> Pair:
         scores=(row["chosen_scores"], row["rejected_scores"]),
         provenance=row["provenance"],
         checked=True,  # the whole store was validated
+        losing={name: row[name] for name in LOSING if name in row},
     )
 
 
 def _swapped(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with its two sides exchanged, in its provenance too."""
-    provenance = _other_side(row["provenance"])
-    return {**_other_side(row), "provenance": {**provenance, "sampler": _other_side(provenance["sampler"])}}
+    """The row with its two sides exchanged, in its provenance too. Pictures and words that lose do so beside either answer."""
+    provenance, losing = _other_side(row["provenance"]), {name: row[name] for name in LOSING if name in row}
+    sides = _other_side({name: value for name, value in row.items() if name not in losing})
+    return {**sides, **losing, "provenance": {**provenance, "sampler": _other_side(provenance["sampler"])}}
 
 
 def _other_side(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,22 @@ SOUND_FORMATS: Mapping[str, Format] = {
 FORMATS_OF: Mapping[str, Mapping[str, Format]] = {"picture": FORMATS, "text": TEXT_FORMATS, "sound": SOUND_FORMATS}
 """The tables by the kind of outputs."""
 
+ANSWER_SOURCES: Mapping[str, Format] = {
+    row.name: row
+    for row in (
+        Format(
+            "rows",
+            "path",
+            "a file of JSON lines, a .json list, a parquet file, or a folder of them: conversations about pictures",
+            f"{_HERE}.visual_rows:import_visual_rows",
+            lists=f"{_HERE}.visual_rows:listed",
+        ),
+        Format("store", "store", "the folder of a pair store of texts", f"{_HERE}.stores:import_store"),
+        Format("relabel", "store", "the folder of a pair store of texts", f"{_HERE}.stores:relabel", needs="judge"),
+    )
+}
+"""What a recipe of vision-language models reads: pairs of texts whose conditions have pictures."""
+
 IMAGE_SOURCES: Mapping[str, Format] = {
     **FORMATS,
     "labels": Format(

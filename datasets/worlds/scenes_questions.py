@@ -28,6 +28,7 @@ from typing import Any
 from PIL import Image
 
 from polyalign.core.errors import UserError
+from polyalign.datasets.pictures import decode
 from polyalign.datasets.worlds.scenes import COLOURS, OBJECTS, Scene, see
 from polyalign.datasets.worlds.shapes import SHAPES
 
@@ -336,7 +337,7 @@ def _last_text(condition: Mapping[str, Any]) -> str:
 def _pictures(condition: Mapping[str, Any]) -> list[Image.Image]:
     """The pictures one by one, cut out of a collage where the layout says that they are in one. What is behind a picture in a
     picture is not seen, since it is covered."""
-    images: list[Image.Image] = list(condition.get("images") or ())
+    images = [_opened(picture, place) for place, picture in enumerate(condition.get("images") or (), start=1)]
     layout = condition.get("layout") or {}
     places = layout.get("places")
     if not places:
@@ -346,18 +347,41 @@ def _pictures(condition: Mapping[str, Any]) -> list[Image.Image]:
     return [images[place["image"]].crop(tuple(place["box"])) for place in places]
 
 
+def _opened(picture: Any, place: int) -> Image.Image:
+    """A picture as a row may hold it: open already, the bytes of a file, or a store's struct of bytes and path."""
+    content = picture.get("bytes") if isinstance(picture, Mapping) else picture
+    if not content or not isinstance(content, bytes | Image.Image):
+        path = picture.get("path") if isinstance(picture, Mapping) else None
+        found = f"only the path {path!r}" if path else f"{type(content).__name__}"
+        raise UserError(f"the judge 'scenes': image {place}: expected a picture or the bytes of one, found {found}")
+    try:
+        return decode(content)
+    except ValueError as error:
+        raise UserError(f"the judge 'scenes': image {place}: {error}") from error
+
+
 class ScenesJudge:
     """The exact judge: 1 for a right answer, 0 for a wrong one, -1 for one that tells of what is not in the picture."""
 
     name = "scenes"
     version = "1"
     broken_below = 0.0  # a lower score is a hallucination: the report counts these
+    broken_word = "hallucinated"
     right_from = 1.0
 
     scores: Mapping[str, float] = {"right": 1.0, "wrong": 0.0, "hallucinated": -1.0}
+
+    def refuse(self, condition: Mapping[str, Any]) -> Asked:
+        """What the condition asks, and about which scene.
+
+        Raises:
+            UserError: a question or a picture that is not of this world.
+        """
+        return asked(condition)
 
     def score(self, conditions: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> list[float]:
         """Raises:
         UserError: a question or a picture that is not of this world.
         """
-        return [self.scores[asked(condition).verdict(output)] for condition, output in zip(conditions, outputs, strict=True)]
+        pairs = zip(conditions, outputs, strict=True)
+        return [self.scores[self.refuse(condition).verdict(output)] for condition, output in pairs]

@@ -6,18 +6,22 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from polyalign.core.errors import UserError
+from polyalign.core.recipe import JudgeConfig
 from polyalign.datasets.multi_image import grid, picture_in_picture, sequence
 from polyalign.datasets.multi_image.rows import check_row
 from polyalign.datasets.multi_image.sources import Questions, read_questions
+from polyalign.datasets.pictures import encode_png
 from polyalign.datasets.worlds import scenes, scenes_questions, scenes_rows
 from polyalign.datasets.worlds.scenes import COLOURS, Scene
 from polyalign.datasets.worlds.scenes_questions import TASKS, Question, asked, noisy_answer, parse, verdict
 from polyalign.datasets.worlds.shapes import Thing
+from polyalign.evaluation.judges import build, refuse_conditions
 from polyalign.evaluation.vlm import chair, pope
 from polyalign.evaluation.vlm.answers import yes_or_no
 
@@ -245,6 +249,32 @@ def test_the_judge_as_recipes_call_it(written: Questions) -> None:
         judge.score([{"prompt": "In Image2, what colour is the square?", "images": [picture]}], ["red"])
     with pytest.raises(UserError, match="no single answer"):
         judge.score([{**condition, "prompt": "What colour is the cross?"}], ["red"])
+
+
+def test_the_judge_by_its_name_takes_pictures_in_any_form_of_a_row() -> None:
+    judge, picture = build(JudgeConfig(name="scenes")), PAIR.draw()
+    condition = {"prompt": "What colour is the square?", "images": [picture]}
+    stored = encode_png(picture)
+    forms = [{**condition, "images": [form]} for form in (picture, stored, {"bytes": stored, "path": None})]
+    refuse_conditions([judge], forms)
+    assert judge.score(forms, ["The square is red."] * 3) == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "Why?"}, "does not know the question"),
+        ({"images": []}, r"0 picture\(s\)"),
+        ({"images": [{"bytes": None, "path": "/etc/passwd"}]}, "image 1: expected .* only the path '/etc/passwd'"),
+        ({"images": [{"bytes": b"no picture", "path": None}]}, "image 1: not a picture"),
+        ({"images": [b""]}, "image 1: expected a picture"),
+        ({"images": [Image.new("RGB", (32, 32), "magenta")]}, "does not know what is in the picture"),
+    ],
+)
+def test_the_judge_refuses_before_anything_is_sampled(change: dict[str, Any], message: str) -> None:
+    condition = {"prompt": "What colour is the square?", "images": [PAIR.draw()], **change}
+    with pytest.raises(UserError, match=message):
+        refuse_conditions([build(JudgeConfig(name="scenes"))], [condition])
 
 
 # --- benchmarks --------------------------------------------------------------------------------------------------------------
