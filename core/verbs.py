@@ -36,6 +36,7 @@ MODALITIES = {
     "text": "polyalign.modalities.text.stages",
     "audio": "polyalign.modalities.audio.stages",
     "lidar": "polyalign.modalities.lidar.stages",
+    "vlm": "polyalign.modalities.vlm.stages",
 }
 """The modalities that come with polyalign: name -> module, imported when a recipe asks for it."""
 

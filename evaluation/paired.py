@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from polyalign.evaluation.audio.temporal import summary
 from polyalign.evaluation.diversity import compare_diversity, thumbnails
 from polyalign.evaluation.image_statistics import IMAGE_STATISTICS
 from polyalign.evaluation.judges import checked_scores, parts, refuse_unfit
+from polyalign.evaluation.pictured import details, key_of
 from polyalign.evaluation.statistics import bootstrap_mean, paired_win_rate
 
 Statistics = Mapping[str, Callable[[Any], float]]
@@ -41,7 +43,8 @@ def evaluate_paired(
 
     Args:
         base_outputs, aligned_outputs: output i of both was made from ``conditions[i]`` with ``seeds[i]``.
-        conditions: each has "prompt" and may have "task", which groups the per-task table.
+        conditions: each has "prompt" and may have "task", which groups the per-task table, and "images", of which the same may
+            be asked again.
         judges: the first decides the win rate and the items; the others are reported beside it, under ``other_judges``.
         seed: the run's seed; keys the bootstrap.
         base_images, aligned_images: paths of the outputs, relative to the run folder, for the report.
@@ -55,8 +58,9 @@ def evaluate_paired(
         ``judge.broken_below`` and ``judge.right_from`` where the judge has those attributes; for pictures of which some share a
         prompt, ``diversity`` (:func:`~polyalign.evaluation.diversity.compare_diversity` of thumbnails). Items of texts have
         ``base_text`` and ``aligned_text`` in the place of ``base_image`` and ``aligned_image``, and ``lengths`` compares their
-        numbers of words as ``artefacts`` does, without an alarm. Items of sounds have ``base_sound`` and ``aligned_sound``, and
-        where a judge finds events ``temporal`` has each model's presence, order and strict match.
+        numbers of words as ``artefacts`` does, without an alarm. Items of conditions with pictures say where these lie, and
+        what every model answered (:func:`polyalign.evaluation.pictured.details`). Items of sounds have ``base_sound`` and
+        ``aligned_sound``, and where a judge finds events ``temporal`` has each model's presence, order and strict match.
 
     Raises:
         UserError: nothing to compare, lengths that differ, two judges of one name, a judge that only compares outputs of one
@@ -70,15 +74,19 @@ def evaluate_paired(
     first, *others = judges
     table = _Table(conditions, seed, tie_margin)
     base, aligned = checked_scores(first, conditions, base_outputs), checked_scores(first, conditions, aligned_outputs)
+    of_arms = {name: checked_scores(first, conditions, arms[name]) for name in arms}
+    identity = _identity(first)
+    shown = _shown(base_outputs, aligned_outputs, base_images, aligned_images)
+    more = details(conditions, identity, {"base": base, "aligned": aligned, **of_arms}, arms)
     report: dict[str, Any] = {
-        "judge": _identity(first),
+        "judge": identity,
         "prompts": len(set(table.prompts)),
         "win_rate": table.win_rate(base, aligned, "win_rate"),
         "scores": {"base": table.mean(base), "aligned": table.mean(aligned)},
         "tasks": by_task(conditions, base, aligned),
         "other_judges": {},
-        "items": _items(conditions, seeds, base, aligned, _shown(base_outputs, aligned_outputs, base_images, aligned_images)),
-        "arms": {name: table.arm(name, checked_scores(first, conditions, arms[name]), base, aligned) for name in arms},
+        "items": _items(conditions, seeds, base, aligned, [{**one, **other} for one, other in zip(shown, more, strict=True)]),
+        "arms": {name: table.arm(name, of_arms[name], base, aligned) for name in arms},
     }
     for judge in others:
         scores = checked_scores(judge, conditions, base_outputs), checked_scores(judge, conditions, aligned_outputs)
@@ -107,9 +115,9 @@ class _Table:
     seed: int
     tie_margin: float
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
-        return [str(condition["prompt"]) for condition in self.conditions]
+        return [key_of(condition) for condition in self.conditions]
 
     def win_rate(self, other: Sequence[float], better: Sequence[float], purpose: str) -> dict[str, Any]:
         keyed = seed_of(self.seed, "evaluation", purpose)
@@ -183,13 +191,15 @@ def _check_lengths(conditions: Sequence[Any], columns: Mapping[str, Sequence[Any
 
 def _identity(judge: Judge) -> dict[str, Any]:
     """Name, version, ``parts`` (the unweighted names of all that have a say), and two scores where the judge knows them:
-    ``broken_below``, under which it calls an output broken, and ``right_from``, from which it calls one right."""
+    ``broken_below``, under which it calls an output broken (or ``broken_word``), and ``right_from``, from which it calls one
+    right."""
     identity: dict[str, Any] = {"name": judge.name, "version": judge.version, "parts": parts(judge)}
     for limit in ("broken_below", "right_from"):
         value = getattr(judge, limit, None)
         if value is not None:
             identity[limit] = float(value)
-    return identity
+    word = getattr(judge, "broken_word", None)
+    return identity | ({} if word is None else {"broken_word": str(word)})
 
 
 def _shown(

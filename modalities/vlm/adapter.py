@@ -54,6 +54,15 @@ class Branch:
     answer: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer: the prompt that it follows, its ids, the one that ends it included, and its text."""
+
+    prompt: Prompt
+    ids: list[int]
+    text: str
+
+
 class VlmAdapter:
     """The contract of :mod:`polyalign.core.adapter` for vision-language models. Holds settings and a cache, no model."""
 
@@ -128,7 +137,7 @@ class VlmAdapter:
                 self.scoring,
                 image_token=model.parts["image_token"],
                 pad_id=model.parts["pad_id"],
-                features_of=self._features(model),
+                features_of=self.features_of(model),
             )
 
     def sample(
@@ -140,6 +149,12 @@ class VlmAdapter:
         Raises:
             UserError: not as many seeds as conditions, a condition that is wrong, or a prompt that leaves no room.
         """
+        return [answer.text for answer in self.answers(model, conditions, seeds, progress=progress)]
+
+    def answers(
+        self, model: Model, conditions: Sequence[Any], seeds: Sequence[int], *, progress: Progress | None = None
+    ) -> list[Answer]:
+        """As ``sample``, with prompts and ids, which a pass over sampled answers needs."""
         if len(conditions) != len(seeds):
             raise UserError(f"{len(conditions)} conditions and {len(seeds)} seeds: sampling needs one seed for each answer")
         questions = []
@@ -147,8 +162,8 @@ class VlmAdapter:
             where = f"condition {place}"
             prompt = self.prompt(model, condition, where=where)
             questions.append((prompt, processing.ends_of(model, condition, where=where), int(seed)))
-        answers = sampling.sample(model, self.settings, questions, self._features(model), progress=progress)
-        return [text_of(model, ids, ends) for ids, (_, ends, _) in zip(answers, questions, strict=True)]
+        found = sampling.sample(model, self.settings, questions, self.features_of(model), progress=progress)
+        return [Answer(prompt, ids, text_of(model, ids, ends)) for ids, (prompt, ends, _) in zip(found, questions, strict=True)]
 
     def sample_base(
         self, model: Model, conditions: Sequence[Any], seeds: Sequence[int], *, progress: Progress | None = None
@@ -225,7 +240,7 @@ class VlmAdapter:
         prompts = [len(tokens.prompts[place].ids) for place in tokens.prompt_of]
         return measure(model, prompts, [len(ids) for ids in tokens.completions], self.settings)
 
-    def _features(self, model: Model) -> Callable[[int, Mapping[str, Tensor]], Features]:
+    def features_of(self, model: Model) -> Callable[[int, Mapping[str, Tensor]], Features]:
         """What gives a picture's features: kept for good where they stay the same, else computed for this pass, with
         gradient."""
         parameter = next(model.network.parameters())

@@ -20,25 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from polyalign.core.errors import UserError
+from polyalign.modalities.vlm.mia_dpo_config import THRESHOLDS, Rule, Thresholds
 from polyalign.modalities.vlm.token_geometry import Geometry, check_tokens
-
-Rule = Literal["threshold", "not_first"]
-Thresholds = Mapping[str, Mapping[int, float]]
-
-THRESHOLDS: Thresholds = {
-    "sequence": {2: 0.8, 3: 0.7, 4: 0.6, 5: 0.6},
-    "grid": {2: 0.7, 3: 0.6, 4: 0.5, 6: 0.4, 9: 0.3},
-    "picture_in_picture": {2: 0.8},
-}
-"""The released code's, by format and number of images: a wrong answer whose ratio is below (in sequences: at most) this looked
-elsewhere."""
 
 
 def middle_layer(layers: int) -> int:

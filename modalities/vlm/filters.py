@@ -13,31 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from polyalign.core.config import Section
 from polyalign.core.errors import UserError
-from polyalign.modalities.vlm.attention_ratio import Looked, Rule, looked_elsewhere
-
-
-class FilterConfig(Section):
-    """What a pair has to fulfil; null turns a filter off."""
-
-    chosen_below: int | None = Field(default=512, ge=1)
-    """Characters that a right answer stays below. Released code."""
-
-    perplexity: float | None = Field(default=1.1, ge=1.0)
-    """The wrong answer's perplexity is above this: below it the model only repeats what it is sure of. Released code."""
-
-    attention: Rule | None = "threshold"
-    """The wrong answer did not look at its image: by the published thresholds, or because another image was looked at most."""
-
-    length_ratio: tuple[float, float] | None = (0.1, 10.0)
-    """Least and largest length of the wrong answer over that of the right one, in characters. Ours."""
-
-    edit_distance: float | None = Field(default=0.1, ge=0.0, le=1.0)
-    """Least edit distance of the two, in characters, over the longer length. Ours."""
+from polyalign.modalities.vlm.attention_ratio import Looked, looked_elsewhere
+from polyalign.modalities.vlm.mia_dpo_config import FilterConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +89,7 @@ def _filters(config: FilterConfig) -> dict[str, Callable[[Candidate], bool]]:
     if (limit := config.chosen_below) is not None:
         filters["chosen_below"] = lambda pair: len(pair.chosen) >= limit
     if (rule := config.attention) is not None:
-        filters["attention"] = lambda pair: not looked_elsewhere(_recorded(pair, "looked", "attention"), rule)
+        filters["attention"] = lambda pair: not looked_elsewhere(_recorded(pair, "looked", "attention"), rule, config.limits)
     if (least := config.perplexity) is not None:
         filters["perplexity"] = lambda pair: not _recorded(pair, "perplexity", "perplexity") > least
     if (bounds := config.length_ratio) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polyalign.core.adapter import Model
@@ -28,6 +28,16 @@ MARK = re.compile(r"<row_(\d+)_col_(\d+)>$")
 """What Idefics3 and SmolVLM write before a tile."""
 
 
+class _Options:
+    """An image processor's settings, those that the recipe changes first (``prepare.picture_options``)."""
+
+    def __init__(self, images: Any, given: Mapping[str, Any]):
+        self._images, self._given = images, given
+
+    def __getattr__(self, name: str) -> Any:
+        return self._given[name] if name in self._given else getattr(self._images, name)
+
+
 def geometries_of(model: Model, prompt: Prompt) -> list[Geometry]:
     """The geometry of each picture of a prompt, in order; their tokens are those of ``prompt.spans``.
 
@@ -44,7 +54,7 @@ def geometries_of(model: Model, prompt: Prompt) -> list[Geometry]:
 
 
 def _of(family: str, model: Model, prompt: Prompt, picture: Picture, span: Sequence[int]) -> Geometry:
-    images = model.parts["processor"].image_processor
+    images = _Options(model.parts["processor"].image_processor, model.parts["picture_options"])
     side = math.isqrt(picture.tokens)
     if family == "llava":
         return _llava(images, picture, side)

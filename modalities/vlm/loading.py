@@ -36,7 +36,7 @@ def load(settings: VlmModelSettings) -> Model:
     ``parts``: ``processor``, ``family``; ``image_token``, the id that pictures are put at, and ``placeholder``, what stands for
     a picture in a prompt before it is expanded; ``tokenizer`` and what :func:`tokenizer_parts` says of it; ``positions``, how
     many the language model has, or None; ``rope_index`` of families with positions on several axes; ``config_noise``, the
-    dropout values that the base's configuration had.
+    dropout values that the base's configuration had; ``picture_options``, of the settings.
 
     Raises:
         UserError: nothing there, no processor, weights in pickles or damaged, code of its own, a model without pictures, or 4
@@ -53,7 +53,8 @@ def load(settings: VlmModelSettings) -> Model:
         identity += f"+template@sha256:{digest}"
     with quiet():
         network = read_network(AutoModelForImageTextToText, folder, config, settings)
-    return Model(network, {**parts_of(network, processor, folder), "config_noise": noise}, identity)
+    more = {"config_noise": noise, "picture_options": dict(settings.picture_options)}
+    return Model(network, {**parts_of(network, processor, folder), **more}, identity)
 
 
 def parts_of(network: Any, processor: Any, folder: Path) -> dict[str, Any]:

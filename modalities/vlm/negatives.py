@@ -22,60 +22,24 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from polyalign.core.config import Section
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import rng, seed_of
 from polyalign.datasets.multi_image.rows import IMAGE, check_row, count_images
 from polyalign.datasets.pictures import fingerprint
+from polyalign.modalities.vlm.negative_config import STEPS, ImageNegativeConfig, NegativesConfig
 
-Kind = Literal["diffused", "cropped", "rotated", "blanked", "swapped"]
 Row = Mapping[str, Any]
 
-STEPS = 1000
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TRIES = 64
 SAMPLING_NOISE: Mapping[str, float] = {"grid": 225.0, "picture_in_picture": 49.0}
 """Standard deviation, by format, in MIA-DPO's released code (:func:`noised_for_sampling`)."""
-
-
-class ImageNegativeConfig(Section):
-    """How the losing image is made of the right one."""
-
-    kind: Kind = "diffused"
-    """diffused, cropped, rotated, blanked (one colour), or swapped for another row's."""
-
-    step: int = Field(default=700, ge=0, lt=STEPS)
-    """Of diffusion, 0 to 999. 700 is MCM-DPO's, 500 CHiP's."""
-
-    crop: tuple[int, int] = (320, 240)
-    """Largest width and height of a crop. MCM-DPO."""
-
-    area: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Instead of ``crop``: a crop in the picture's proportions with up to this part of its area. 0.2 is mDPO's."""
-
-    degrees: tuple[float, float] = (10.0, 80.0)
-    """Least and largest angle of a rotation. MCM-DPO."""
-
-    mean: tuple[float, float, float] = CLIP_MEAN
-    """The processor's mean colour: what a blanked picture is filled with, and what diffusion is centred at."""
-
-    std: tuple[float, float, float] = CLIP_STD
-    """The processor's standard deviation, the unit of diffusion's noise."""
-
-
-METHODS: Mapping[str, ImageNegativeConfig] = {
-    "mcm_dpo": ImageNegativeConfig(),
-    "chip": ImageNegativeConfig(step=500),
-    "mdpo": ImageNegativeConfig(kind="cropped", area=0.2),
-}
 
 
 @lru_cache(maxsize=1)
@@ -201,17 +165,23 @@ def with_negatives(
     Raises:
         UserError: a row that is wrong, or no other row to take from.
     """
+    config = NegativesConfig.model_construct(image=image, context=context, compat=compat)
     for index in range(len(rows)):
-        row = dict(rows[index])
-        where = str(row.get("pair_id", f"row {index}"))
-        check_row(row, where)
-        if image is not None:
-            row["rejected_images"] = _losing_images(rows, index, row, image, seed, compat)
-        if context:
-            other = rows[_other(rows, index, seed, "context", compat, _with_other_words(_words(row)))]
-            row["rejected_messages"] = context_negative(row["condition"], other["condition"])
-        check_row(row, where)
-        yield row
+        yield loser_of(rows, index, config, seed=seed)
+
+
+def loser_of(rows: Sequence[Row], index: int, negatives: NegativesConfig, *, seed: int) -> dict[str, Any]:
+    """One row with what loses; it depends on ``rows`` and ``index`` alone. See :func:`with_negatives`."""
+    row = dict(rows[index])
+    where = str(row.get("pair_id", f"row {index}"))
+    check_row(row, where)
+    if negatives.image is not None:
+        row["rejected_images"] = _losing_images(rows, index, row, negatives.image, seed, negatives.compat)
+    if negatives.context:
+        other = rows[_other(rows, index, seed, "context", negatives.compat, _with_other_words(_words(row)))]
+        row["rejected_messages"] = context_negative(row["condition"], other["condition"])
+    check_row(row, where)
+    return row
 
 
 def _with_other_words(words: str) -> Callable[[Row], bool]:

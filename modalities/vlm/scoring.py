@@ -1,13 +1,11 @@
 """Token likelihoods of answers to prompts with pictures (:mod:`polyalign.core.likelihood.tokens`).
 
-Letters: G groups, K candidates in a group, M different prompts of a group, V different prompts of the batch, R rows of a
-forward pass, L their length, U completion tokens, A axes of positions.
+Letters: G groups, K candidates in a group, R rows of a forward pass, L their length, U completion tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,39 +15,16 @@ from torch.nn import functional
 from polyalign.core.errors import UserError
 from polyalign.core.likelihood.prefix_sharing import announce, mask_for, pays, shared_inputs, why_not
 from polyalign.core.likelihood.tokens import TokenSettings, score_rows
-from polyalign.core.likelihood.tokens_rows import Layout, Lengths, SharedLayout, separate_rows, shared_rows
+from polyalign.core.likelihood.tokens_rows import Layout, SharedLayout
 from polyalign.core.scores import Scores
 from polyalign.modalities.transformers_folders import plain
 from polyalign.modalities.vlm.batches import inputs_of
 from polyalign.modalities.vlm.families import Family
 from polyalign.modalities.vlm.features import Features, as_argument, as_pixels
-
-PADDING = -2
-"""The owner of a shared row's columns that hold nothing."""
+from polyalign.modalities.vlm.rows import Prompts, separate, shared
 
 FeaturesOf = Callable[[int, Mapping[str, Tensor]], Features]
 """The features of a picture, by its key and its arguments of the vision tower."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of rows: which group and which of its prompts each row begins with (R,), with their ids and masks (R, P)."""
-
-    group: Tensor
-    number: Tensor
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor | None  # (R, A, P)
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.mask.sum(1)
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], group: Tensor, number: Tensor) -> Prompts:
-        positions = tensors.get("prompt_positions")
-        picked = None if positions is None else positions[group, number]
-        return cls(group, number, tensors["prompt_ids"][group, number], tensors["prompt_mask"][group, number], picked)
 
 
 def score(
@@ -81,7 +56,7 @@ def _rows(
     layout, prompts = separate(tensors)
     if settings.prefix_sharing == "off" or tensors["prompt_of"].shape[1] == 1:
         return layout, prompts, layout.inputs()
-    tree, shared_prompts = shared(tensors, pad_id)
+    tree, shared_prompts = shared(tensors, image_token, pad_id)
     rows, columns = layout.ids.shape
     config = plain(network).config.get_text_config()
     if settings.prefix_sharing != "on" and not pays(config, tree, (rows, columns)):
@@ -95,52 +70,6 @@ def _rows(
         )
     announce(network, reason)
     return layout, prompts, layout.inputs()
-
-
-def separate(tensors: Mapping[str, Tensor]) -> tuple[Layout, Prompts]:
-    """A row for each candidate, R = G K: its own prompt and its answer."""
-    number = tensors["prompt_of"].flatten()
-    groups, candidates = tensors["prompt_of"].shape
-    group = torch.arange(groups, device=number.device).repeat_interleave(candidates)
-    prompts = Prompts.of(tensors, group, number)
-    alone = {
-        "prompt_ids": prompts.ids,
-        "prompt_mask": prompts.mask,
-        "completion_ids": tensors["completion_ids"].flatten(0, 1).unsqueeze(1),
-        "completion_mask": tensors["completion_mask"].flatten(0, 1).unsqueeze(1),
-    }
-    layout = separate_rows(alone, Lengths.of(alone))
-    return Layout(layout.ids, layout.predicting, tensors["completion_mask"].bool()), prompts
-
-
-def shared(tensors: Mapping[str, Tensor], pad_id: int) -> tuple[SharedLayout, Prompts]:
-    """A row for each different prompt, R = V, with all answers to it behind it."""
-    prompt_of = tensors["prompt_of"].tolist()
-    rows: dict[tuple[int, int], int] = {}
-    behind: dict[int, int] = {}  # answers that a row has so far
-    row_of, slot_of = [], []
-    for group, numbers in enumerate(prompt_of):
-        for number in numbers:
-            row = rows.setdefault((group, number), len(rows))
-            row_of.append(row)
-            slot_of.append(behind.get(row, 0))
-            behind[row] = slot_of[-1] + 1
-    device = tensors["prompt_ids"].device
-    group, number = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
-    place = torch.tensor(row_of, device=device), torch.tensor(slot_of, device=device)
-    prompts, mask = Prompts.of(tensors, group, number), tensors["completion_mask"].bool()
-    shape = (len(rows), max(behind.values()), mask.shape[-1])
-    grouped = {"prompt_ids": prompts.ids, "prompt_mask": prompts.mask}
-    for name in ("completion_ids", "completion_mask"):
-        given = tensors[name].flatten(0, 1)
-        grouped[name] = given.new_zeros(shape).index_put(place, given)
-    tree = shared_rows(grouped, Lengths.of(grouped))
-    predicting = torch.zeros(shape, dtype=torch.long, device=device)
-    predicting[tree.mask] = tree.predicting
-    predicting = predicting[place].reshape(mask.shape)[mask]  # as the candidates come in the batch
-    assert tree.owner is not None
-    ids = torch.where(tree.owner == PADDING, pad_id, tree.ids)  # a repeated last token could be an image's
-    return replace(tree, ids=ids, predicting=predicting, mask=mask), prompts
 
 
 def why_not_shared(network: nn.Module, family: Family, layout: SharedLayout) -> str | None:
@@ -177,23 +106,9 @@ def about_prompts(family: Family, layout: Layout, prompts: Prompts, image_token:
     found = {}
     if family.types is not None:
         found[family.types] = (layout.ids == image_token).int()
-    if prompts.positions is not None:
-        found["position_ids"] = _positions(layout, prompts)
+    if prompts.known is not None:
+        found["position_ids"] = prompts.positions(layout)
     return found
-
-
-def _positions(layout: Layout, prompts: Prompts) -> Tensor:
-    """Positions (A, R, L): the prompt's own, and behind it from the highest of them upwards, on every axis alike."""
-    assert prompts.positions is not None
-    rows, length = layout.ids.shape
-    padded = prompts.ids.shape[1]
-    columns = torch.arange(length, device=layout.ids.device)
-    along = columns.expand(rows, -1) if layout.positions is None else layout.positions
-    before = prompts.lengths.unsqueeze(1)
-    source = (columns + padded - before).clamp(max=padded - 1)  # (R, L), where a prompt's column is in the padded one
-    own = prompts.positions.gather(2, source.unsqueeze(1).expand(-1, prompts.positions.shape[1], -1))
-    after = prompts.positions.amax((1, 2)).unsqueeze(1) + 1 + along - before
-    return torch.where((columns < before).unsqueeze(1), own, after.unsqueeze(1)).transpose(0, 1)
 
 
 def pictures_for(

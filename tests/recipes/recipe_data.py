@@ -25,6 +25,9 @@ def provide(recipe: Any) -> None:
     if recipe.modality == "text":
         texts(recipe)
         return
+    if recipe.modality == "vlm":
+        seen(recipe)
+        return
     if pairs.source == "alpaca":
         alpaca(Path(pairs.path))
     if pairs.source == "folders":
@@ -138,6 +141,43 @@ def lines(place: str, rows: list[Any]) -> None:
     """Objects a line, or bare texts."""
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     Path(place).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def seen(recipe: Any) -> None:
+    """Questions and preferences about pictures, and the folders of pictures that are named."""
+    for folder in ("pictures", "train2014"):
+        Path(folder).mkdir(exist_ok=True)
+    for index in range(PAIRS):
+        Image.new("RGB", (40, 32), (20 * index, 40, 90)).save(f"{index}.png")
+        Image.new("RGB", (40, 32), (20 * index, 40, 90)).save(f"pictures/{index}.png")
+    rows = [
+        {"image": f"{index}.png", "question": f"What is number {index}?", "chosen": f"It is {index}.", "rejected": "It is not."}
+        for index in range(PAIRS)
+    ]
+    lines("questions.jsonl", [{"image": row["image"], "prompt": row["question"]} for row in rows])
+    lines("rlhf_v.jsonl", rows)
+    Path("pref_data.json").write_text(json.dumps(rows), encoding="utf-8")
+    packed = [
+        {
+            "image": {"bytes": Path(row["image"]).read_bytes(), "path": None},
+            "text": json.dumps({name: row[name] for name in ("question", "chosen", "rejected")}),
+            "idx": index,
+        }
+        for index, row in enumerate(rows)
+    ]
+    parquet.write_table(pa.Table.from_pylist(packed), "palt.parquet")
+    said = [
+        {
+            "id": str(index),
+            "image": row["image"],
+            "conversations": [
+                {"from": "human", "value": "<image>\n" + row["question"]},
+                {"from": "gpt", "value": row["chosen"]},
+            ],
+        }
+        for index, row in enumerate(rows)
+    ]
+    Path("llava_v1_5_mix665k.json").write_text(json.dumps(said), encoding="utf-8")
 
 
 def asked(index: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ JUDGED = [modality for modality in MODALITIES if modality != "lidar"]
 """Modalities whose recipes make or read pairs and have judges; LiDAR's have ground truth, and tests of their own."""
 RECIPES = sorted(path for modality in JUDGED for path in (ROOT / "configs" / modality).glob("*.yaml"))
 PUBLISHED = ("diffusion_dpo_sd15", "diffusion_dpo_sdxl", "sft_sd15", "ai_feedback", "mapo", "sdpo", "kto", "online")
-EXACT = {"shapes", "clinical", "sounds"}
+EXACT = {"shapes", "clinical", "sounds", "scenes"}
 """Judges that know what is right, so that one of them may make the pairs and decide as well."""
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 

@@ -13,9 +13,8 @@ from polyalign.core.errors import UserError
 from polyalign.datasets.multi_image import grid, picture_in_picture, sequence
 from polyalign.datasets.multi_image.rows import check_row, count_images
 from polyalign.datasets.multi_image.sources import Questions
+from polyalign.modalities.vlm.negative_config import METHODS, ImageNegativeConfig
 from polyalign.modalities.vlm.negatives import (
-    METHODS,
-    ImageNegativeConfig,
     context_negative,
     diffused,
     diffused_picture,

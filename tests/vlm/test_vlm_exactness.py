@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyalign.core.adapter import Model
 from polyalign.modalities.vlm.adapter import VlmAdapter
+from polyalign.modalities.vlm.rows import beginnings
 from polyalign.modalities.vlm.settings import VlmModelSettings
 
 Folder = Callable[[str], Path]
@@ -68,6 +69,41 @@ ROWS: list[dict[str, Any]] = [
 BRANCHES = ("chosen", "response", "image", "context", "image+response")
 
 
+def asked(*texts: str) -> list[dict[str, Any]]:
+    """A turn with a picture before each text but the first."""
+    parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
+    return [{"role": "user", "content": parts}]
+
+
+QUESTIONS: list[dict[str, Any]] = [  # that differ behind their pictures: longer, shorter, one the beginning of the other, not
+    {
+        "pair_id": "longer",
+        "condition": {"messages": asked("user system assistant", "what is it in the image?"), "images": PICTURES[:1]},
+        "chosen": "it is red",
+        "rejected": "no",
+        "rejected_images": PICTURES[1:],
+        "rejected_messages": asked("user system assistant", "what is it?"),
+    },
+    {
+        "pair_id": "two pictures",
+        "condition": {"messages": asked("user system assistant", "", "describe both"), "images": PICTURES},
+        "chosen": "both red",
+        "rejected": "",
+        "rejected_images": PICTURES[::-1],
+        "rejected_messages": asked("user system assistant", "", "describe both images, please"),
+    },
+    {
+        "pair_id": "behind the difference",
+        "condition": {"messages": asked("what user system assistant", "is it?"), "images": PICTURES[:1]},
+        "chosen": "red",
+        "rejected": "both",
+        "rejected_images": PICTURES[1:],
+        "rejected_messages": asked("which user system assistant", "is it?"),
+    },
+]
+EIGHT = (*BRANCHES, "context+response", "context+image", "context+image+response")
+
+
 def stock(model: Model, condition: dict[str, Any], completion: list[int]) -> Tensor:
     """Log-probabilities of an answer's tokens from the stock model on one plain sequence, by the stock processor."""
     processor, images = model.parts["processor"], condition.get("images") or None
@@ -102,10 +138,10 @@ def conditions(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [given, given, other, lost, other]
 
 
-def opened(folder: Path, **settings: Any) -> tuple[VlmAdapter, VlmAdapter, Model]:
+def opened(folder: Path, branches: tuple[str, ...] = BRANCHES, **settings: Any) -> tuple[VlmAdapter, VlmAdapter, Model]:
     """With shared prompts, with separate ones, and the model in float64."""
     both = [
-        VlmAdapter(VlmModelSettings(str(folder), device="cpu", branches=BRANCHES, prefix_sharing=how, **settings))
+        VlmAdapter(VlmModelSettings(str(folder), device="cpu", branches=branches, prefix_sharing=how, **settings))
         for how in ("on", "off")
     ]
     model = both[0].load()
@@ -146,12 +182,36 @@ def test_scores_are_those_of_the_stock_model(family: str, tiny_vlms: Folder) -> 
     assert torch.equal(adapter.score(model, batch[:1], None).mask[0], shared.mask[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", BUILDERS)
+def test_questions_about_the_same_pictures(family: str, tiny_vlms: Folder) -> None:
+    """Their pictures are computed once, and each question and its answers behind them; not where a picture stands behind the
+    first difference."""
+    adapter, apart, model = opened(tiny_vlms(family), EIGHT)
+    batch = adapter.prepare(model, QUESTIONS, step=0)
+    rows = beginnings(batch.tensors, model.parts["image_token"])
+    assert [(row.group, row.numbers) for row in rows[:4]] == [(0, (0, 2)), (0, (1, 3)), (1, (0, 2)), (1, (1, 3))]
+    assert all(len(row.numbers) == 1 for row in rows[4:])
+    shared, separate = (one.score(model, batch, None) for one in (adapter, apart))
+    assert torch.allclose(shared.values, separate.values, rtol=0.0, atol=1e-9) and torch.equal(shared.mask, separate.mask)
+    for group, row in enumerate(QUESTIONS):
+        given = {**row["condition"], "messages": row["rejected_messages"]}
+        for place, condition in ((3, given), (7, {**given, "images": row["rejected_images"]})):
+            length = int(shared.mask[group, place].sum())
+            expected = stock(model, condition, batch.tensors["completion_ids"][group, place, :length].tolist())
+            assert torch.allclose(shared.values[group, place, :length], expected, rtol=0.0, atol=1e-9)
+    assert (shared.values[:, 0].sum(-1) - shared.values[:, 3].sum(-1)).abs().min() > 1e-3  # questions matter
+
+
+@pytest.mark.parametrize("rows, branches", [(ROWS, BRANCHES), (QUESTIONS, EIGHT)])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
-def test_gradients_of_shared_prompts(family: str, tiny_vlms: Folder) -> None:
+def test_gradients_of_shared_prompts(
+    family: str, rows: list[dict[str, Any]], branches: tuple[str, ...], tiny_vlms: Folder
+) -> None:
     """Of all weights, vision tower and projector among them."""
-    adapter, separate, model = opened(tiny_vlms(family), parts=("language", "projector", "vision"))
+    adapter, separate, model = opened(tiny_vlms(family), branches, parts=("language", "projector", "vision"))
     model.network.requires_grad_(True)
-    batch, found = adapter.prepare(model, ROWS, step=0), []
+    batch, found = adapter.prepare(model, rows, step=0), []
     weights = torch.linspace(-1.0, 1.0, batch.tensors["completion_mask"].numel(), dtype=torch.float64)
     for one in (adapter, separate):
         model.network.zero_grad()

@@ -58,7 +58,7 @@ def test_each_picture_has_its_span(family: str, tiny_vlms: Folder) -> None:
         assert [len(span) for span in spans] == counts
         assert sorted(sum(spans, [])) == [place for place, one in enumerate(prompt.ids) if one == token]
         for own in prompt.pictures:
-            assert len(adapter._features(model)(own.key, own.inputs)["features"]) == own.tokens
+            assert len(adapter.features_of(model)(own.key, own.inputs)["features"]) == own.tokens
         assert prompt.pictures[0].size == (40, 30)
     assert prompt.pictures[0].key == prompt.pictures[2].key != prompt.pictures[1].key
 
