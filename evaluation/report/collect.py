@@ -81,6 +81,12 @@ class PairExample:
     rejected: bytes | str
     chosen_score: float | None
     rejected_score: float | None
+    images: Sequence[bytes] = ()
+    """What the prompt is about, in order, as encoded bytes."""
+    losing_images: Sequence[bytes] = ()
+    """Other images, under which the chosen answer is to be less likely."""
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    """How several pictures are laid out."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class ReportData:
         items = (self.evaluation or {}).get("items") or [{}]
         shown = [example.chosen for example in self.pair_examples[:1]]
         texts = "base_text" in items[0] or any(isinstance(one, str) for one in shown)
-        if texts or self.config.get("modality") == "text":
+        if texts or self.config.get("modality") in ("text", "vlm"):
             return "text"
         sounds = "base_sound" in items[0] or any(isinstance(one, bytes) and looks_like_sound(one) for one in shown)
         return "sound" if sounds or self.config.get("modality") == "audio" else "picture"
@@ -262,7 +268,27 @@ def _pair_example(row: Mapping[str, Any]) -> PairExample | None:
         rejected=rejected,
         chosen_score=_first_score(row.get("chosen_scores")),
         rejected_score=_first_score(row.get("rejected_scores")),
+        images=_pictures(row.get("images")),
+        losing_images=_pictures(row.get("rejected_images")),
+        layout=_layout(condition),
     )
+
+
+def _pictures(stored: Any) -> list[bytes]:
+    """The bytes of a list of pictures; nothing for what is none."""
+    cells = stored if isinstance(stored, list) else []
+    return [cell["bytes"] for cell in cells if isinstance(cell, Mapping) and isinstance(cell.get("bytes"), bytes)]
+
+
+def _layout(condition: Any) -> dict[str, Any]:
+    """``layout`` among what a stored condition holds as JSON text."""
+    stored = condition.get("metadata") if isinstance(condition, Mapping) else None
+    try:
+        found = json.loads(stored or "{}") if isinstance(stored, str) else {}
+    except json.JSONDecodeError:
+        return {}
+    layout = found.get("layout") if isinstance(found, Mapping) else None
+    return dict(layout) if isinstance(layout, Mapping) else {}
 
 
 def _content(stored: Any) -> bytes | str | None:

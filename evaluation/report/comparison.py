@@ -7,7 +7,7 @@ from typing import Any
 
 from polyalign.core.randomness import seed_of
 from polyalign.evaluation.diversity import THUMBNAIL
-from polyalign.evaluation.report import answers, charts, pictures
+from polyalign.evaluation.report import answers, charts, pictures, questions
 from polyalign.evaluation.report.collect import ReportData
 from polyalign.evaluation.report.markup import foreign, note, number, signed, table, text
 from polyalign.evaluation.report.verdict import (
@@ -175,9 +175,16 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
     )
     texts, kind = answers.are_texts(items), "sounds" if pictures.are_sounds(items) else "pictures"
     said = [f"{which}. Left the base, right the aligned model; below, the judge's score of each."]
-    if texts:
+    pictured = questions.are_pictured(items)
+    if pictured:
+        said = [f"{which}. Each with its pictures, the answers of every model and the judge's verdict."]
+        looked = (
+            "Colours over pictures: where an answer's attention to pictures went, and its share that went to the right place."
+        )
+        said += [looked] if questions.any_looks(items, shown) else []
+    elif texts:
         said.append("Words that the other answer does not have are marked; all answers lie in samples/outputs.jsonl.")
-    elif not embedded:
+    if not embedded and (pictured or not texts):
         said.append(f"The recipe asks for no {kind} in this file (report.embed_images); they lie in samples/.")
     if shown.left_out:
         said.append(f"{shown.left_out} {kind} are left out to keep this file small.")
@@ -203,6 +210,8 @@ def grid(items: Sequence[Item], total: int, shown: pictures.Album, *, embedded: 
 
 def _cards(items: Sequence[Item]) -> str:
     """Classes of a list of cards: those of texts and of sounds are wider."""
+    if questions.are_pictured(items):
+        return "cards texts pictured"
     return "cards texts" if answers.are_texts(items) else "cards sounds" if pictures.are_sounds(items) else "cards"
 
 
@@ -212,6 +221,14 @@ def card(item: Item, shown: pictures.Album, place: int) -> str:
     kind, word = ("good", "better") if change > 0 else ("bad", "worse") if change < 0 else ("tie", "same")
     task = f'<span class="task">{foreign(str(item["task"]).replace("_", " "), 40)}</span>' if item.get("task") else ""
     texts = answers.are_texts([item])
+    shown_gain = signed(change) if change else "0"
+    foot = (
+        f'<p class="foot"><span class="badge {kind}"><span class="unseen">{word}, </span>{shown_gain}</span>'
+        f'{task}<span class="seed">seed {text(item["seed"], 24)}</span></p>'
+    )
+    opening = f'<li class="card {kind}" data-gain="{change:.6g}" data-prompt="{text(item["prompt"])}" data-place="{place}">'
+    if texts and questions.are_pictured([item]):
+        return f"{opening}{questions.card(item, shown)}{foot}</li>"
     outputs = _answers(item) if texts else [_picture(item, side, shown) for side in ("base", "aligned")]
     sides = "".join(
         f"<figure>{output}<figcaption>{side} <b>{number(item[f'{side}_score'])}</b></figcaption></figure>"
@@ -221,13 +238,7 @@ def card(item: Item, shown: pictures.Album, place: int) -> str:
     asked = (
         answers.block(answers.plain(item["prompt"]), "asked") if texts else f'<p class="prompt">{foreign(item["prompt"])}</p>'
     )
-    shown_gain = signed(change) if change else "0"
-    return (
-        f'<li class="card {kind}" data-gain="{change:.6g}" data-prompt="{text(item["prompt"])}" data-place="{place}">'
-        f"{asked + both if texts else both + asked}"
-        f'<p class="foot"><span class="badge {kind}"><span class="unseen">{word}, </span>{shown_gain}</span>{task}'
-        f'<span class="seed">seed {text(item["seed"], 24)}</span></p></li>'
-    )
+    return f"{opening}{asked + both if texts else both + asked}{foot}</li>"
 
 
 def _answers(item: Item) -> list[str]:
@@ -254,9 +265,14 @@ def worst(evaluation: Mapping[str, Any], shown: pictures.Album) -> str:
     if not lost:
         return "<p>No comparison was lost.</p>"
     count = sum(gain(item) < 0 for item in evaluation["items"])
-    cards = "".join(card(item, shown, place) for place, item in enumerate(lost))
     which = f"The {len(lost)} worst of {count} comparisons" if count > len(lost) else f"Every comparison ({count})"
-    return f'<p>{which} that the aligned model lost.</p><ul class="{_cards(lost)}">{cards}</ul>'
+    return f"<p>{which} that the aligned model lost.</p>{plain_cards(lost, shown)}"
+
+
+def plain_cards(items: Sequence[Item], shown: pictures.Album) -> str:
+    """Comparisons in the order given; empty without any."""
+    cards = "".join(card(item, shown, place) for place, item in enumerate(items))
+    return f'<ul class="{_cards(items)}">{cards}</ul>' if items else ""
 
 
 def tasks(evaluation: Mapping[str, Any]) -> str:
@@ -291,9 +307,10 @@ def scores_and_alarms(data: ReportData) -> str:
     broken = broken_counts(evaluation)
     if broken is not None:
         base, aligned, became, mended, total = broken
+        word = text((evaluation.get("judge") or {}).get("broken_word") or "broken", 40)
         parts.append(
-            f"<p>Outputs that the judge calls broken: {base} of {total} before, {aligned} after "
-            f"({became} became broken, {mended} were mended).</p>"
+            f"<p>Outputs that the judge calls {word}: {base} of {total} before, {aligned} after "
+            f"({became} became so, {mended} were mended).</p>"
         )
     parts.append(_lengths(evaluation["lengths"]) if data.outputs == "text" and evaluation.get("lengths") else "")
     parts.append(temporal(evaluation.get("temporal") or {}))

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from polyalign import __version__
-from polyalign.evaluation.report import comparison, completions, pictures, sounds, training
+from polyalign.evaluation.report import comparison, completions, pictures, questions, sounds, training
 from polyalign.evaluation.report.charts import interval_row, interval_scale
 from polyalign.evaluation.report.clouds import CLOUD_STYLE
 from polyalign.evaluation.report.clouds import SCRIPT as CLOUD_SCRIPT
 from polyalign.evaluation.report.collect import ReportData, collect
 from polyalign.evaluation.report.markup import duration, figures, foreign, note, number, signed, text
 from polyalign.evaluation.report.readings import cautions, displacement
+from polyalign.evaluation.report.tallies import tallies
 from polyalign.evaluation.report.verdict import THRESHOLDS, Verdict, decide, deciding_statistics, describe
+
+FURTHER_LOOKS = 12
+"""Questions that are shown for the attention alone."""
 
 HERE = Path(__file__).parent
 
@@ -89,14 +93,19 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
         items = evaluation.get("items") or []
         limit = comparison.GRID_AT_MOST if data.grid is None else min(data.grid, comparison.GRID_AT_MOST)
         shown = comparison.select(items, limit)
-        names = pictures.names_of([*comparison.regressions(items), *shown]) if data.embed_images else []
+        looked = [item for item in questions.kept(data.folder, items) if item not in shown][:FURTHER_LOOKS]
+        drawn = [*comparison.regressions(items), *shown, *looked]
+        names = [*pictures.names_of(drawn), *questions.names_of(data.folder, drawn)] if data.embed_images else []
         album = (sounds if data.outputs == "sound" else pictures).album(data.folder, names)
         grid = (
             comparison.grid(shown, len(items), album, embedded=data.embed_images) if shown else note("No comparisons to show.")
         )
+        told = tallies(evaluation)
         parts += [
             ("wins", "Win rates", comparison.win_rates(evaluation)),
+            *([("groups", "Right answers by group", told)] if told else []),
             ("grid", "Before and after", grid),
+            *_looks(data, items, looked, album),
             ("worst", "Worst regressions", comparison.worst(evaluation, album)),
             ("tasks", "By task", comparison.tasks(evaluation)),
             ("alarms", "Scores and alarms", comparison.scores_and_alarms(data)),
@@ -119,6 +128,13 @@ def sections(data: ReportData) -> list[tuple[str, str, str]]:
         ("again", "Run it again", training.command(data)),
     ]
     return parts
+
+
+def _looks(data: ReportData, items: Any, further: list[Any], album: pictures.Album[Any]) -> list[tuple[str, str, str]]:
+    """The section on attention; none where it was not kept. ``further`` are questions that no other section shows."""
+    words = questions.where_they_look(data.folder, items)
+    cards = comparison.plain_cards(further, album)
+    return [("looks", "Where the models look", words + cards)] if words or cards else []
 
 
 def _of_clouds(data: ReportData, evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -53,9 +53,10 @@ S = TypeVar("S", bound=Shown, covariant=True)
 
 @dataclass(frozen=True)
 class Album(Generic[S]):
-    """Pictures, or players of sounds, by path in the run folder. ``left_out`` were readable but over the budget; ``unreadable``
-    were not."""
+    """Pictures, or players of sounds, by path in the run ``folder``. ``left_out`` were readable but over the budget;
+    ``unreadable`` were not."""
 
+    folder: Path
     pictures: Mapping[str, S]
     side: int
     left_out: int
@@ -74,22 +75,26 @@ def album(folder: Path, names: Sequence[str], *, budget: int = BUDGET) -> Album[
     for side in SIDES:
         pictures = {name: picture(image, side) for name, image in images.items()}
         if sum(len(pictures[name].uri) for name in names if name in pictures) <= budget:
-            return Album(pictures, side, 0, unreadable)
+            return Album(folder, pictures, side, 0, unreadable)
     kept: dict[str, Picture] = {}
     used = 0
     for name in names:
         if name in pictures and used + len(pictures[name].uri) <= budget:
             used += len(pictures[name].uri)
             kept[name] = pictures[name]
-    return Album(kept, side, len(pictures) - len(kept), unreadable)
+    return Album(folder, kept, side, len(pictures) - len(kept), unreadable)
 
 
 def read(folder: Path, name: str) -> Image.Image | None:
     """The picture as RGB at a side of at most ``SIDES[0]``; None if it is absent, unreadable or outside the folder."""
+    path = inside(folder, name)
+    return None if path is None else decode(path.read_bytes())
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file of that name in the folder; None if there is none, or if it lies outside."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-        return None
-    return decode(path.read_bytes())
+    return path if path.resolve().is_relative_to(folder.resolve()) and path.is_file() else None
 
 
 def decode(data: bytes) -> Image.Image | None:

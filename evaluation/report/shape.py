@@ -29,12 +29,38 @@ class _Judge(BaseModel):
     parts: list[str] | None = None
     right_from: float | None = None
     broken_below: float | None = None
+    broken_word: str | None = None
+
+
+class _Arm(BaseModel):
+    text: str
+    score: float
 
 
 class _Item(BaseModel):
     prompt: str
     base_score: float
     aligned_score: float
+    images: list[str] | None = None
+    verdicts: dict[str, str] | None = None
+    arms: dict[str, _Arm] | None = None
+
+
+class _Against(BaseModel):
+    difference: float
+    low: float
+    high: float
+
+
+class _Share(BaseModel):
+    of: int
+    share: float
+    interval: tuple[float, float]
+    against_base: _Against | None = None
+
+
+class _Tally(_Share):
+    broken: _Share | None = None
 
 
 class _View(BaseModel):
@@ -85,6 +111,7 @@ class _Evaluation(BaseModel):
     arms: dict[str, dict[str, Any]] | None = None
     tasks: dict[str, dict[str, Any]] | None = None
     items: list[_Item] | None = None
+    groups: dict[str, dict[str, dict[str, _Tally]]] | None = None
     completions: _Completions | None = None
     clouds: list[_Clouds] | None = None
 

@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 
 from polyalign.evaluation.report.markup import text
-from polyalign.evaluation.report.pictures import Album, Picture, picture
+from polyalign.evaluation.report.pictures import Album, Picture, inside, picture
 
 BUDGET = 6_000_000
 """Characters of base64 for all players and spectrograms; the page stays below 8 MB."""
@@ -72,14 +72,14 @@ def album(folder: Path, names: Sequence[str], *, budget: int = BUDGET) -> Album[
     for kind in FORMATS:
         players = {name: _player(sound, drawn[name], kind) for name, sound in found.items()}
         if sum(_size(players[name]) for name in names if name in players) <= budget:
-            return Album(players, WIDTH, 0, unreadable)
+            return Album(folder, players, WIDTH, 0, unreadable)
     kept: dict[str, Player] = {}
     used = 0
     for name in names:
         if name in players and used + _size(players[name]) <= budget:
             used += _size(players[name])
             kept[name] = players[name]
-    return Album(kept, WIDTH, len(players) - len(kept), unreadable)
+    return Album(folder, kept, WIDTH, len(players) - len(kept), unreadable)
 
 
 def decode(content: bytes) -> Player | None:
@@ -107,10 +107,8 @@ def spectrogram(samples: np.ndarray, rate: int) -> Picture:
 
 def _read(folder: Path, name: str) -> _Read | None:
     """The sound of a run; None if it is absent, unreadable or outside the folder."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-        return None
-    return _decoded(path.read_bytes())
+    path = inside(folder, name)
+    return None if path is None else _decoded(path.read_bytes())
 
 
 def _decoded(content: bytes) -> _Read | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from polyalign.evaluation.report import answers, charts, pictures, sounds
+from polyalign.evaluation.report import answers, charts, pictures, questions, sounds
 from polyalign.evaluation.report.charts import Line, Points
 from polyalign.evaluation.report.collect import Metrics, PairExample, ReportData
 from polyalign.evaluation.report.markup import duration, figures, foreign, note, number, signed, size, table, text
@@ -316,7 +316,7 @@ def _examples(examples: Sequence[PairExample]) -> str:
             figure = f" <b>{number(score)}</b>" if score is not None else ""
             sides.append(f"<figure>{shown}<figcaption>{side}{figure}</figcaption></figure>")
         both = f'<div class="sides">{"".join(sides)}</div>'
-        prompt = (
+        prompt = questions.of_pair(example) + (
             answers.block(answers.plain(example.prompt), "asked")
             if texts
             else f'<p class="prompt">{foreign(example.prompt)}</p>'
@@ -325,6 +325,7 @@ def _examples(examples: Sequence[PairExample]) -> str:
     if not cards:
         return note("No examples of pairs can be shown: the pair store holds none that can be read.")
     styles = "cards texts" if texts else "cards sounds" if _is_sound(examples[0]) else "cards"
+    styles += " pictured" if examples[0].images else ""
     return f'<h3>The first {len(cards)} pairs</h3><ul class="{styles}">{"".join(cards)}</ul>'
 
 
