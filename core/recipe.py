@@ -228,7 +228,8 @@ class TrackingConfig(Section):
 
 
 def named_as_folders(arms: dict[str, Named]) -> dict[str, Named]:
-    """``arms`` as they are. Their names are also names of folders on every system.
+    """``arms`` as they are. Their names are also names of folders on every system, and stand beside those of base and aligned
+    model.
 
     Raises:
         ValueError: another name, for pydantic to tell.
@@ -236,4 +237,6 @@ def named_as_folders(arms: dict[str, Named]) -> dict[str, Named]:
     for name in arms:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise ValueError(f"the name {name!r} is no folder's: take a-z, 0-9, - and _, a letter or digit first")
+        if name in ("base", "aligned"):
+            raise ValueError(f"{name!r} is what evaluations call the {name} model; give the arm another name")
     return arms

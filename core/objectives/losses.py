@@ -255,11 +255,16 @@ class PlackettLuce(Flags):
 class Contrast(Flags):
     """-log sigmoid(sum_k w_k (u_0 - u_k)): one comparison of the first candidate with all others together (MCM-DPO).
 
-    ``weights`` are those of candidates 1 to K - 1. Targets other than "the first one" have no meaning here.
+    ``weights`` are those of candidates 1 to K - 1; ``label_smoothing`` is that of :class:`Logistic`. Targets other than "the
+    first one" have no meaning here.
     """
 
     weights: tuple[float, ...]
+    label_smoothing: float = 0.0
     name: str = "contrast"
+
+    def __post_init__(self) -> None:
+        check_smoothing(self.label_smoothing)
 
     def __call__(self, scored: Scored) -> Tensor:
         others = scored.relative[:, 1:]
@@ -269,4 +274,5 @@ class Contrast(Flags):
                 f"this batch have {others.shape[1] + 1} candidates, or another one is preferred"
             )
         weights = torch.tensor(self.weights).to(others)
-        return F.softplus(-(weights * (scored.relative[:, :1] - others)).sum(1))
+        difference = (weights * (scored.relative[:, :1] - others)).sum(1)
+        return logistic_with_flips(difference, torch.full_like(difference, self.label_smoothing))

@@ -32,9 +32,10 @@ from polyalign.core.objectives.view import VALUE, View
 from polyalign.core.objectives.weights import Mean, Sum, UnitWeights, reduce_units, reduce_view
 from polyalign.core.scores import Kind, Scores
 
-Data = Literal["pairs", "labels", "lists", "pairs with margins", "visual triples", "visual eights"]
+Data = Literal["pairs", "labels", "lists", "pairs with margins", "visual triples", "visual eights", "named branches"]
 """What groups an objective can be trained on. ``labels``: single candidates, each desirable or not. ``lists``: more than two
-candidates with a target. ``visual triples``: chosen, rejected, chosen under another image. ``visual eights``: MCM-DPO's."""
+candidates with a target. ``visual triples``: chosen, rejected, chosen under another image. ``visual eights``: MCM-DPO's.
+``named branches``: chosen, and a candidate for each of ``Objective.branches``."""
 
 RUNNER_UP = frozenset({"runner_up"})
 ANY_LIKELIHOOD: frozenset[Kind] = frozenset({"token", "timestep", "position", "surrogate"})
@@ -251,7 +252,8 @@ class Objective:
     """``objective(scores, batch, beta=Beta.effective(unit)) -> Outcome``. Statistics are those of the first term.
 
     ``likelihoods`` are the kinds of units it has a meaning for, ``data`` what its groups may be (any one of these);
-    ``moving_reference`` says that it is what its name says only with a reference that follows the policy.
+    ``moving_reference`` says that it is what its name says only with a reference that follows the policy. ``branches`` are the
+    names of the candidates after the first, in order, where the parameters name them; what they mean is the modality's.
 
     Without terms (SFT) they are those of the implicit reward, where a missing reference counts as zeros.
 
@@ -266,6 +268,7 @@ class Objective:
     likelihoods: frozenset[Kind] = ANY_LIKELIHOOD
     data: tuple[Data, ...] = ("pairs",)
     moving_reference: bool = False
+    branches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.terms and not self.regularisers:

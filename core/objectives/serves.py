@@ -25,6 +25,7 @@ DATA_WORDS: Mapping[Data, str] = {
     "pairs with margins": "margins, the weighted rewards of the other objectives for both candidates of every pair",
     "visual triples": "a third candidate for every pair, the chosen answer under another image",
     "visual eights": "all eight combinations of right and wrong context, image and text",
+    "named branches": "a candidate for every branch that its terms name",
 }
 
 

@@ -6,9 +6,10 @@ answer under a picture.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from polyalign.core.errors import UserError
 from polyalign.core.objectives.losses import Contrast, Logistic
@@ -20,6 +21,7 @@ from polyalign.core.objectives.view import VALUE
 from polyalign.core.recipe import BetaConfig
 
 Weight = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
 ANSWERS, PICTURES = (0, 1), (0, 2)
 """The candidates that the term of the answers and the term of the pictures compare."""
 
@@ -83,6 +85,55 @@ class MCMDPO(VisualParameters):
     """What the weighted sum is divided by; null divides by the sum of the weights, which is the code's 2.8."""
 
 
+class Branches(VisualParameters):
+    name: Literal["branches"] = "branches"
+
+    terms: dict[str, Positive] = Field(default={"response": 1.0, "image": 1.0}, min_length=1)
+    """Weights of the comparisons of all right with branches, by what loses in each: for vision-language models `response`,
+    `image` and `context`, joined by + where several do (`image+response`). Figures such as the margin are of the first one, or
+    of all where `joint`."""
+
+    joint: bool = False
+    """False: each comparison is a loss of its own, and these are added with their weights, as in Re-Align and mDPO. True: one
+    loss of the weighted sum of all comparisons, as in MCM-DPO and CHiP."""
+
+    normaliser: float | None = Field(default=None, gt=0.0)
+    """Where `joint`, what the weighted sum is divided by; null divides by the sum of the weights."""
+
+    anchored: float = Field(default=0.0, ge=0.0)
+    """Weight of mDPO's term, which keeps the winner's reward above `delta`; mDPO has 1."""
+
+    delta: float = 0.0
+    """What the winner's reward is to exceed where `anchored`."""
+
+    label_smoothing: Flip = 0.0
+    """Share of labels taken to be wrong."""
+
+    @field_validator("terms")
+    @classmethod
+    def _each_once(cls, terms: dict[str, float]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for given, weight in terms.items():
+            parts = [part.strip() for part in given.split("+")]
+            name = "+".join(sorted(parts))
+            if "" in parts or len(set(parts)) < len(parts):
+                raise ValueError(f"{given!r} names no branch: write what loses in it, each once, joined by +")
+            if "chosen" in parts:
+                raise ValueError(f"{given!r} names no branch: nothing loses in chosen, with which all branches are compared")
+            if name in found:
+                raise ValueError(f"{given!r} is the branch {name!r} once more; give each branch one weight")
+            found[name] = weight
+        return found
+
+    @model_validator(mode="after")
+    def _used(self) -> Branches:
+        if self.normaliser is not None and not self.joint:
+            raise ValueError("'normaliser' divides the sum of a joint comparison: set 'joint: true', or leave it out")
+        if self.delta and not self.anchored:
+            raise ValueError("'delta' is what the anchored term asks for: give 'anchored' a weight, or leave it out")
+        return self
+
+
 def _rdpo(parameters: RDPO) -> Objective:
     loss, hardest = Logistic(parameters.label_smoothing), parameters.loser_logp == "hardest_negative"
     visual = Term(loss, candidates=PICTURES, coefficient=parameters.visual, hardest_losers=hardest)
@@ -106,6 +157,21 @@ def _mcm(parameters: MCMDPO) -> Objective:
     if not divisor:
         raise UserError("objective.weights are all 0, so there is nothing to compare; give at least one of them a weight")
     return preference(parameters, "mcm_dpo", Contrast(tuple(weight / divisor for weight in parameters.weights)))
+
+
+def _branches(parameters: Branches) -> Objective:
+    names, weights = tuple(parameters.terms), tuple(parameters.terms.values())
+    kept = (KeptReward(parameters.anchored, parameters.delta),) if parameters.anchored else ()
+    if parameters.joint:
+        divisor = sum(weights) if parameters.normaliser is None else parameters.normaliser
+        contrast = Contrast(tuple(weight / divisor for weight in weights), parameters.label_smoothing)
+        built = preference(parameters, "branches", contrast, regularisers=kept)
+    else:
+        loss = Logistic(parameters.label_smoothing)
+        first, *others = [{"candidates": (0, place), "coefficient": weight} for place, weight in enumerate(weights, start=1)]
+        further = tuple(Term(loss, **slots) for slots in others)
+        built = preference(parameters, "branches", loss, further=further, regularisers=kept, **first)
+    return replace(built, branches=names)
 
 
 ROWS = (
@@ -157,5 +223,17 @@ ROWS = (
         likelihoods=TOKENS,
         data=("visual eights",),
         build=_mcm,
+    ),
+    Row(
+        name="branches",
+        summary="Any of these made in the recipe: what loses in each comparison, by name, with its weight.",
+        formula="-sum_k w_k log sigma(beta (r_0 - r_k)) - anchored log sigma(beta r_0 - delta); with joint the first part is "
+        "-log sigma(beta sum_k w_k (r_0 - r_k) / sum_k w_k)",
+        source="The common form of dpo, rdpo, mdpo, mcm_dpo, and chip without its KL: each is a choice of terms.",
+        differences="None: with their terms it has their values and gradients.",
+        parameters=Branches,
+        likelihoods=TOKENS,
+        data=("named branches",),
+        build=_branches,
     ),
 )

@@ -17,7 +17,7 @@ TOKENS = Unit("token")
 PICTURES = Unit("timestep", elements=4, steps=10)
 FILLED = {"ipo": {"reduction": "sum"}, "sdpo": {"safeguard_scope": "group"}}
 """What has no default, or a default that couples the pairs."""
-SIZES = {"visual triples": 3, "visual eights": 8}
+SIZES = {"visual triples": 3, "visual eights": 8, "named branches": 3}
 REFERENCE = -7.0
 PREFERENCE_ROWS = sorted(set(TABLE) - {"sft"})
 OUTPUT_ROWS = ("sdpo", "dspo", "diffusion_nft")

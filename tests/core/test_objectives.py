@@ -35,7 +35,7 @@ from objective_cases import (  # noqa: E402  # pyright: ignore[reportMissingImpo
 
 torch.set_num_threads(1)
 RATIOS = st.lists(st.tuples(*[st.floats(-30, 30)] * 2), min_size=1, max_size=4)
-VISUAL = ("rdpo", "mdpo", "chip", "mcm_dpo")
+VISUAL = ("rdpo", "mdpo", "chip", "mcm_dpo", "branches")
 TWO_CANDIDATES = [name for name in PREFERENCE_ROWS if name not in VISUAL]
 STARTS_AT_LN_2 = ["dpo", "cdpo", "robust", "f_dpo", "sdpo", "sigmoid_norm", "tr_dpo", "online_dpo", "aot", "aot_unpaired"]
 BY_VALUES = [name for name in PREFERENCE_ROWS if name not in OUTPUT_ROWS]

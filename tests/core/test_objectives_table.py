@@ -61,6 +61,7 @@ REFUSED_FOR_PICTURES = {
     "mcm_dpo": "for scores of tokens",
     "mdpo": "for scores of tokens",
     "chip": "for scores of tokens",
+    "branches": "for scores of tokens",
     "ofs_dpo": "the seat 'partner' (a second adapter that is trained beside)",
     "tr_dpo": "Set train.reference.seat: ema",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from polyalign.core.errors import UserError
@@ -107,7 +108,7 @@ def test_chip_without_a_kl_is_mcm_dpo_with_two_comparisons() -> None:
     torch.testing.assert_close(found.loss, outcome("chip", alpha=0.0)[0].loss)
 
 
-@pytest.mark.parametrize("name", ["rdpo", "mdpo", "chip", "mcm_dpo"])
+@pytest.mark.parametrize("name", ["rdpo", "mdpo", "chip", "mcm_dpo", "branches"])
 def test_the_winners_own_likelihood_can_be_added(name: str) -> None:
     places = (0, 1, 2) if name != "mcm_dpo" else (0, 1, 2, 2, 1, 1, 2, 2)
     plain, added = outcome(name, places)[0].loss, outcome(name, places, sft=0.1)[0].loss
@@ -122,11 +123,11 @@ def test_mia_dpo_is_dpo_with_the_mean_cross_entropy_of_the_winner() -> None:
     torch.testing.assert_close(outcome("dpo", (0, 1), sft=0.1)[0].loss, expected)
 
 
-@pytest.mark.parametrize("name", ["rdpo", "mdpo", "chip"])
+@pytest.mark.parametrize("name", ["rdpo", "mdpo", "chip", "branches"])
 def test_starts_where_all_pictures_are_alike(name: str) -> None:
     same = {seat: Scores(values(1), MASK, TOKENS, dense=DenseStatistics(kl=0 * values(3))) for seat in ("policy", "reference")}
     found = build(spec(name))(same, batch([[1.0, 0.0, 0.0]] * 5), beta=BETA)
-    terms = {"rdpo": 2, "mdpo": 3, "chip": 1}[name]
+    terms = {"rdpo": 2, "mdpo": 3, "chip": 1, "branches": 2}[name]
     torch.testing.assert_close(found.loss, torch.full((5,), terms * math.log(2.0), dtype=DOUBLE))
     assert found.statistics["margin"].eq(0.0).all()
 
@@ -150,3 +151,89 @@ def test_who_cannot_give_what_they_need_is_told() -> None:
 def test_the_cards_say_what_they_train() -> None:
     assert "chosen answer under another image" in objective_card(TABLE["mdpo"])
     assert "dense_kl" in objective_card(TABLE["chip"]) and "sg K_w" in objective_card(TABLE["chip"])
+
+
+EIGHT = (0, 1, 2, 2, 1, 1, 2, 2)
+MCM = ("response", "image", "image+response", "context", "context+response", "context+image", "context+image+response")
+SAME = {
+    "dpo": ((0, 1), {"response": 1.0}, {}, "dpo", {}),
+    "dpo, joint": ((0, 1), {"response": 3.0}, {"joint": True}, "dpo", {}),
+    "cdpo": ((0, 1), {"response": 1.0}, {"label_smoothing": 0.2}, "cdpo", {"label_smoothing": 0.2}),
+    "cdpo, joint": ((0, 1), {"response": 1.0}, {"label_smoothing": 0.2, "joint": True}, "cdpo", {"label_smoothing": 0.2}),
+    "rdpo": ((0, 1, 2), {"response": 1.0, "image": 0.4}, {"sft": 0.1}, "rdpo", {"visual": 0.4, "sft": 0.1}),
+    "rdpo, smoothed": (
+        (0, 1, 2),
+        {"response": 1.0, "image": 1.0},
+        {"label_smoothing": 0.1, "anchor": 0.3},
+        "rdpo",
+        {"label_smoothing": 0.1, "anchor": 0.3},
+    ),
+    "mdpo": (
+        (0, 1, 2),
+        {"response": 1.0, "image": 0.5},
+        {"anchored": 0.8, "delta": 0.3},
+        "mdpo",
+        {"visual": 0.5, "anchored": 0.8, "delta": 0.3},
+    ),
+    "chip without its KL": (
+        (0, 1, 2),
+        {"response": 1.0, "image": 0.5},
+        {"joint": True, "normaliser": 1.0},
+        "chip",
+        {"alpha": 0.0, "visual": 0.5},
+    ),
+    "mcm_dpo": (EIGHT, dict(zip(MCM, (1.0, 0.5, 0.2, 0.5, 0.2, 0.2, 0.2), strict=True)), {"joint": True}, "mcm_dpo", {}),
+    "mcm_dpo as its code divides": (
+        EIGHT,
+        dict(zip(MCM, (1.0, 0.5, 0.2, 0.5, 0.2, 0.2, 0.1), strict=True)),
+        {"joint": True, "normaliser": 2.8},
+        "mcm_dpo",
+        {"weights": [1.0, 0.5, 0.2, 0.5, 0.2, 0.2, 0.1], "normaliser": 2.8},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_branches_with_the_terms_of_a_row_are_that_row(case: str) -> None:
+    places, terms, options, other, given = SAME[case]
+    one, two = outcome("branches", places, terms=terms, **options), outcome(other, places, **given)
+    torch.testing.assert_close(one[0].loss, two[0].loss)
+    torch.testing.assert_close(one[1], two[1])
+    assert one[0].statistics.keys() == two[0].statistics.keys()
+    if case not in ("dpo, joint", "cdpo, joint", "mcm_dpo"):  # the mean over losers is not the weighted one
+        torch.testing.assert_close(one[0].statistics["margin"], two[0].statistics["margin"])
+
+
+def test_branches_in_another_order_are_the_same_comparisons() -> None:
+    terms = {"response": 1.0, "image": 0.3}
+    for joint in (False, True):
+        one = outcome("branches", (0, 1, 2), terms=terms, joint=joint)
+        two = outcome("branches", (0, 2, 1), terms=dict(reversed(terms.items())), joint=joint)
+        torch.testing.assert_close(one[0].loss, two[0].loss)
+        torch.testing.assert_close(one[1], two[1][:, [0, 2, 1]])
+
+
+def test_branches_are_called_by_what_loses_in_them_and_each_has_one_weight() -> None:
+    found = spec("branches", terms={"response + image": 0.2, "response": 1})
+    assert list(found.terms) == ["image+response", "response"]
+    assert build(found).branches == ("image+response", "response")
+    assert build(spec("branches")).branches == ("response", "image")
+    assert build(spec("mcm_dpo")).branches == () == build(spec("dpo")).branches
+    for options, words in {
+        "nothing": ({"terms": {}}, "at least 1"),
+        "no weight": ({"terms": {"image": 0.0}}, "greater than 0"),
+        "twice": ({"terms": {"image+response": 1.0, "response+image": 1.0}}, "once more"),
+        "twice in one": ({"terms": {"image+image": 1.0}}, "each once, joined by"),
+        "empty": ({"terms": {"image+": 1.0}}, "names no branch"),
+        "chosen": ({"terms": {"chosen": 1.0}}, "nothing loses in chosen"),
+        "normaliser": ({"normaliser": 2.0}, "set 'joint: true'"),
+        "delta": ({"delta": 0.1}, "give 'anchored' a weight"),
+    }.values():
+        with pytest.raises(ValidationError, match=words):
+            spec("branches", **options)
+
+
+def test_who_has_no_branches_is_told() -> None:
+    text = Offer("a text recipe", "token", frozenset({"value", "per_unit"}))
+    with pytest.raises(UserError, match="branches needs a candidate for every branch that its terms name, and a text recipe"):
+        refuse_unless_served(build(spec("branches")), text, Plan("adapter_off", cut=True), key="objective")
