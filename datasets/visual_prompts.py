@@ -42,7 +42,7 @@ def load_visual_prompts(path: str | Path, *, limit: int | None = None) -> list[d
         if limit is not None and len(found) == limit:
             break
         try:
-            found.append(visual_condition(given() if callable(given) else given, file.parent))
+            found.append(visual_condition(text_lines.as_object(given) if isinstance(given, str) else given, file.parent))
         except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:
@@ -58,7 +58,26 @@ def _entries(file: Path) -> Iterator[tuple[str, Any]]:
             yield f"row {row}", stored
         return
     for place, _, given in text_lines.objects(file, 0):
-        yield place, text_lines.as_object(given) if not isinstance(given, Mapping) else given
+        yield place, given
+
+
+def named_pictures(path: str | Path) -> list[Path]:
+    """The picture files that the lines of a ``.jsonl`` of questions name; none of a ``.parquet``."""
+    file, found = Path(path), {}
+    if file.suffix != ".jsonl":
+        return []
+    for _, given in _entries(file):
+        try:
+            row = text_lines.as_object(given)
+        except ValueError:
+            continue  # told as a broken entry when it is read
+        pictures = row.get("images") or row.get("image")
+        for picture in pictures if isinstance(pictures, list) else [pictures]:
+            try:
+                found[inside(picture, file.parent, "images")] = None
+            except ValueError:
+                continue
+    return list(found)
 
 
 def visual_condition(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:

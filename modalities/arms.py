@@ -46,6 +46,11 @@ def nothing(_recipe: Any, _run: RunFolder, _asked: Any) -> dict[str, Any]:
     return {}
 
 
+def no_files(_prompts: Any) -> Sequence[Path]:
+    """Prompts are all in their own file."""
+    return ()
+
+
 def no_tables(_evaluation: Mapping[str, Any], _conditions: Sequence[Mapping[str, Any]], _seed: int) -> dict[str, Any]:
     """What every evaluation has."""
     return {}
@@ -65,7 +70,8 @@ class Room:
     objective, rows)`` says what beta means for this model (``rows`` is empty where rounds make them later); ``select`` leaves
     out pairs that the model cannot take; ``trainable(recipe, adapter, model)`` makes the model one that is trained;
     ``measured(recipe, run, asked)`` is what an evaluation says besides its samples' scores, by key of ``evaluation.json``;
-    ``pictured``: conditions have pictures; ``tables(evaluation, conditions, seed)`` is what is added up from its items, by key.
+    ``pictured``: conditions have pictures; ``tables(evaluation, conditions, seed)`` is what is added up from its items, by key;
+    ``named_by(prompts)`` are the files that a file of prompts only names.
     """
 
     outputs: str
@@ -79,6 +85,7 @@ class Room:
     label_store: Callable[[Path], LabelStore] = LabelStore
     pictured: bool = False
     tables: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]], int], dict[str, Any]] = no_tables
+    named_by: Callable[[Any], Sequence[Path]] = no_files
 
     def pairs_of(self, recipe: Any, run: RunFolder, place: str = "pairs") -> Any:
         """The run's pairs, or single answers with labels where the recipe reads such; in the folder ``place`` of the run."""
@@ -291,7 +298,12 @@ class _Work:
 
         recipe, spec, network = self.recipe, self.objective, self.model.network
         objective, reference = build(spec), loops.reference_of(recipe)
-        identity = reference_identity(recipe, base=self.made_with["model"], pairs=self.made_with["pairs"])
+        identity = reference_identity(
+            recipe,
+            base=self.made_with["model"],
+            pairs=self.made_with["pairs"],
+            branches=getattr(self.adapter.settings, "branches", None),
+        )
         seat = build_seat(reference, network, folder=cache_of(recipe, self.run) / "reference", identity=identity)
         bank = reference.draws_per_pair if reference.seat == "cached" else None
         if "partner" in objective.seats:
@@ -317,9 +329,10 @@ def _desirable(store: LabelStore, selected: Selected) -> Selected:
     return Selected(kept, {**selected.card, **({"undesirable": left} if left else {})})
 
 
-def reference_identity(recipe: Any, *, base: str, pairs: str) -> str:
+def reference_identity(recipe: Any, *, base: str, pairs: str, branches: Sequence[str] | None = None) -> str:
     """Everything that the scores of the starting weights depend on, besides a pair's id and its draw: what is read, and how and
-    in which precision it is computed. The LoRA is switched off for them."""
+    in which precision it is computed. The LoRA is switched off for them. ``branches`` are a pair's candidates, where the
+    objective decides which there are: an arm's may be others."""
     parts = {
         "base": base,
         "pairs": pairs,
@@ -328,6 +341,7 @@ def reference_identity(recipe: Any, *, base: str, pairs: str) -> str:
         "prepare": _prepare_inputs(recipe.prepare),
         "likelihood": recipe.likelihood.model_dump(mode="json"),
         "mixed_precision": recipe.train.mixed_precision,
+        **({} if branches is None else {"branches": list(branches)}),
     }
     return json.dumps(parts, sort_keys=True)
 

@@ -45,6 +45,8 @@ class ContentCache:
         return entry
 
     def _keep(self, key: str, entry: Entry) -> None:
+        if _bytes(entry) > self.limit_bytes:
+            return  # it would put all others out, and itself at last
         self._entries[key] = entry
         self.bytes += _bytes(entry)
         while self.bytes > self.limit_bytes and self._entries:

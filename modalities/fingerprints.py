@@ -64,10 +64,17 @@ def judge_files(specs: Sequence[JudgeConfig]) -> dict[str, Any]:
     return {"judges": {path: fingerprint(path) for path in paths}} if paths else {}
 
 
-def listed(source: str, location: str | None, formats: Mapping[str, Format]) -> dict[str, Any]:
-    """The hash of the files that the data's own file only names."""
+def listed(
+    source: str, location: str | None, formats: Mapping[str, Format], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The hash of the files that the data's own file only names; ``options`` are the source's."""
     if source not in formats or location is None:
         return {}
-    files, beside = listed_files(source, location, formats), Path(location).parent
+    return files_named("listed", listed_files(source, location, formats, options), location)
+
+
+def files_named(key: str, files: Sequence[Path], location: str) -> dict[str, Any]:
+    """The hash of ``files``, named from beside ``location``, under ``key``; empty without any."""
+    beside = Path(location).parent
     hashes = "\n".join(f"{os.path.relpath(file, beside)} {fingerprint(str(file))}" for file in files)
-    return {"listed": sha256_of(hashes.encode())} if files else {}
+    return {key: sha256_of(hashes.encode())} if files else {}

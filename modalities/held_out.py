@@ -45,7 +45,8 @@ class TrainingPairs:
 
 def split_pairs(evaluate: Evaluate[Any], seed: int, store: PairStore) -> tuple[list[int], list[int]]:
     """Indices to train on and indices kept aside. Pairs with one prompt (or conversation) stay on one side, however
-    it is spaced or capitalised: the hash of its words decides.
+    it is spaced or capitalised: the hash of its words decides; of conditions with pictures that of the pictures does, so that
+    all that is asked about them stays on one side. A picture that stands beside others in several conditions may be on both.
 
     Raises:
         UserError: one of the two would be empty.
@@ -70,7 +71,7 @@ def split_pairs(evaluate: Evaluate[Any], seed: int, store: PairStore) -> tuple[l
 
 
 def _kept_aside(condition: Condition, share: float, seed: int) -> bool:
-    digest = hashlib.sha256(f"{seed} {_words(condition)}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {_pictures(condition) or _words(condition)}".encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
@@ -113,14 +114,20 @@ def _asked(condition: Condition) -> str:
     pictures, of which the same is asked."""
     turns = condition.get("messages")
     words = condition["prompt"] if turns is None else "\n".join(f"{turn['role']}: {_said(turn['content'])}" for turn in turns)
-    return "\n".join([words, *(content_digest(picture) for picture in condition.get("images") or ())])
+    return "\n".join([words, *([_pictures(condition)] if condition.get("images") else [])])
+
+
+def _pictures(condition: Condition) -> str:
+    """The pictures of a condition: whatever is asked about them stays on one side."""
+    return "\n".join(content_digest(picture) for picture in condition.get("images") or ())
 
 
 def _said(content: Any) -> str:
-    """A turn's text; of one in parts the texts, and a mark where a picture stands."""
+    """A turn's text; of one in parts the texts, and a mark where a picture stands, apart from the words whether the data have
+    a line break there or not."""
     if isinstance(content, str):
         return content
-    return "".join(part.get("text", "") if part.get("type") == "text" else f"<{part.get('type')}>" for part in content)
+    return "".join(part.get("text", "") if part.get("type") == "text" else f" <{part.get('type')}> " for part in content)
 
 
 def _words(condition: Condition) -> str:

@@ -75,11 +75,14 @@ def answers_of(row: Row) -> list[str]:
     return list(found.values())
 
 
-def measure(model: Model, prompts: Sequence[int], completions: Sequence[int], limits: Limits) -> RowLength:
+def measure(
+    model: Model, prompts: Sequence[int], completions: Sequence[int], limits: Limits, *, about_prompt: str = ""
+) -> RowLength:
     """A row's lengths, and the limit that it breaks; the model's own number of positions is one.
 
     Args:
         prompts, completions: lengths in tokens, of each candidate.
+        about_prompt: what is added to the reason where a shorter prompt would mend it.
     """
     longest = max(prompt + answer for prompt, answer in zip(prompts, completions, strict=True))
     found = RowLength(max(prompts), tuple(completions), longest)
@@ -90,11 +93,12 @@ def measure(model: Model, prompts: Sequence[int], completions: Sequence[int], li
     ):
         limit = getattr(limits, key)
         if limit is not None and value > limit:
-            reason = f"{name}: {value} tokens, more than {key}, {limit}"
+            more = "" if key == "max_completion_tokens" else about_prompt
+            reason = f"{name}: {value} tokens, more than {key}, {limit}{more}"
             return RowLength(found.prompt, found.completions, longest, reason)
     positions = model.parts["positions"]
     if positions is not None and longest > positions:
-        reason = f"prompt and longest answer: {longest} tokens, more than the model's {positions} positions"
+        reason = f"prompt and longest answer: {longest} tokens, more than the model's {positions} positions{about_prompt}"
         return RowLength(found.prompt, found.completions, longest, reason)
     return found
 

@@ -32,12 +32,14 @@ SHOWN = 16  # tokens of a prompt in a message, which tell it from others where a
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked: the prompt's ids, the ids that end an answer, the seed, and what tells prompts of the same ids apart."""
+    """What is asked: the prompt's ids, the ids that end an answer, the seed, and what tells prompts of the same ids apart.
+    ``about`` is what a refusal adds to the length of the prompt."""
 
     ids: list[int]
     ends: frozenset[int]
     seed: int
     beside: tuple[Hashable, ...] = ()
+    about: str = ""
 
     @property
     def prompt(self) -> tuple[tuple[int, ...], tuple[Hashable, ...]]:
@@ -203,9 +205,9 @@ def refuse_too_long(model: Model, settings: Drawing, questions: Sequence[Questio
     if length + settings.max_new_tokens > positions:
         begins = model.parts["tokenizer"].decode(questions[longest].ids[:SHOWN])
         raise UserError(
-            f"condition {longest}: its prompt has {length} tokens, which with max_new_tokens ({settings.max_new_tokens}) is "
-            f"more than the model's {positions} positions. Prompts are not cut: shorten it, or lower max_new_tokens. It begins "
-            f"with {begins!r}."
+            f"condition {longest}: its prompt has {length} tokens{questions[longest].about}, which with max_new_tokens "
+            f"({settings.max_new_tokens}) is more than the model's {positions} positions. Prompts are not cut: shorten it, or "
+            f"lower max_new_tokens. It begins with {begins!r}."
         )
 
 

@@ -19,7 +19,7 @@ from polyalign.core.run import RunFolder
 from polyalign.modalities import loops
 from polyalign.modalities.arms import Room, refuse_unless_trained
 from polyalign.modalities.exporting import add_evaluation
-from polyalign.modalities.fingerprints import MODEL_FILES, fingerprint, judge_files, listed
+from polyalign.modalities.fingerprints import MODEL_FILES, files_named, fingerprint, judge_files, listed
 
 if TYPE_CHECKING:
     from polyalign.core.objectives.serves import Offer
@@ -141,7 +141,8 @@ def generate(
         _ask(room, recipe, run)
         return
     inputs: dict[str, Any] = {"pairs": pairs.inputs(), "seed": recipe.seed, "source": fingerprint(pairs.location)}
-    inputs |= judge_files(pairs.judges) | listed(pairs.source, pairs.location, formats) | _embedder(pairs.prompts)
+    inputs |= judge_files(pairs.judges) | listed(pairs.source, pairs.location, formats, pairs.options)
+    inputs |= _embedder(pairs.prompts) | _named(room, pairs.prompts)
     if pairs.sampled:
         inputs |= {**room.model_files(recipe), **samples_of}
     with run.stage("generate", inputs, products=("pairs",)) as stage:
@@ -166,6 +167,11 @@ def _embedder(prompts: Any) -> dict[str, Any]:
     """The hash of the encoder by which prompts are selected; empty without one, so that finished runs stay finished."""
     select = getattr(prompts, "select", None)
     return {} if select is None else {"embedder": fingerprint(str(Path(select.embedder).expanduser()), endings=MODEL_FILES)}
+
+
+def _named(room: Room, prompts: Any) -> dict[str, Any]:
+    """The hash of the files that a file of prompts only names; empty without any, so that finished runs stay finished."""
+    return {} if prompts is None or not prompts.file else files_named("prompts_name", room.named_by(prompts), prompts.file)
 
 
 def _generate(
@@ -230,6 +236,7 @@ def evaluate(
         **judge_files(recipe.evaluate.judges),
         **_reward_inputs(recipe.evaluate),
         **_embedder(prompts),
+        **_named(room, prompts),
     }
     after = ("generate", "train", *(f"train {name}" for name in recipe.arms))
     with run.stage("evaluate", inputs, after=after, products=("samples", "evaluation.json")) as stage:

@@ -67,7 +67,12 @@ def _same_outputs(source: Source, store: PairStore) -> None:
     if store.outputs not in (None, source.outputs):
         found, wanted = KINDS[source.outputs].words, KINDS[store.outputs].words
         raise UserError(f"{source.path}: holds pairs of {found}, and pairs of {wanted} are needed here")
-    store.outputs = source.outputs
+    if source.pictured and store.outputs is not None and not store.pictured:
+        raise UserError(
+            f"{source.path}: holds pairs of answers about pictures, and pairs without pictures are needed here. "
+            "Recipes of 'modality: vlm' take these"
+        )
+    store.outputs, store.pictured = source.outputs, store.pictured or source.pictured
 
 
 _ADVICE = (
@@ -228,7 +233,13 @@ def _printable(text: str) -> str:
 
 
 def _nothing(picture: Any) -> None:
-    """In the place of a picture's bytes in a condition."""
+    """In the place of a picture's bytes in a condition.
+
+    Raises:
+        TypeError: something else that JSON cannot hold.
+    """
+    if not isinstance(picture, bytes):
+        raise TypeError(f"a condition has {picture!r} in it, which JSON cannot hold"[:200])
 
 
 def _check_text(pair: Pair) -> None:

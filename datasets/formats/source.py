@@ -71,6 +71,9 @@ class Source(ABC):
     outputs: str = "picture"
     """The kind of its outputs, a name of :data:`polyalign.datasets.outputs.KINDS`."""
 
+    pictured: bool = False
+    """Whether conditions have pictures (:mod:`polyalign.datasets.pictured_rows`)."""
+
     judges: Sequence[str] | None = (JUDGE,)
     """Whose scores its pairs carry; None if only the pairs say."""
 

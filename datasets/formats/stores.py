@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from polyalign.core.adapter import Judge
 from polyalign.core.errors import UserError
 from polyalign.datasets.formats.importing import import_pairs
 from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry
 from polyalign.datasets.pair_rows import SIDES
 from polyalign.datasets.pairs import PairStore
-from polyalign.datasets.pictured_rows import LOSING_IMAGES, LOSING_MESSAGES
+from polyalign.datasets.pictured_rows import LOSING_IMAGES, LOSING_MESSAGES, is_pictured
 
 LOSING = (LOSING_IMAGES, LOSING_MESSAGES)
 TOGETHER = 16  # pairs that are read together, and that a judge sees in one call
@@ -51,6 +53,7 @@ class Stored(Source):
         if not self.given.validate():
             raise UserError(f"{path}: there are no pairs in this store")
         self.outputs = self.given.kind.name
+        self.pictured = is_pictured(pq.read_schema(self.given.shards()[0]))
         first = self.given.rows([0], decode=False)[0]
         self._rows: tuple[int, list[dict[str, Any]]] = (-1, [])
         self.judges = self.own_judges = sorted(first["chosen_scores"])

@@ -245,14 +245,21 @@ def import_format(
     return _load(row.reads)(Path(path), store, on_bad_row=on_bad_row, **given)
 
 
-def listed_files(name: str, path: str | Path, formats: Mapping[str, Format] = FORMATS) -> list[Path]:
-    """The files that the data at ``path`` are made of besides ``path`` itself, where it only names them.
+def listed_files(
+    name: str, path: str | Path, formats: Mapping[str, Format] = FORMATS, options: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """The files that the data at ``path`` are made of besides ``path`` itself, where it only names them; ``options`` are those
+    of the importer, of which some say where they lie.
 
     Raises:
         UserError: no such format, or the file that names them cannot be read.
     """
     lists = _row(name, formats).lists
-    return [] if lists is None else _load(lists)(Path(path))
+    if lists is None:
+        return []
+    listing = _load(lists)
+    known = inspect.signature(listing).parameters
+    return listing(Path(path), **{option: value for option, value in (options or {}).items() if option in known})
 
 
 def exporter(name: str, formats: Mapping[str, Format] = FORMATS) -> Callable[[PairStore, Path], None]:

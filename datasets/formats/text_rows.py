@@ -20,6 +20,7 @@ Other columns that JSON can hold stay in the condition, since judges may need th
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,31 @@ def import_text_rows(
     return import_pairs(source, store, on_bad_row=on_bad_row)
 
 
-class TextRows(Source):
-    """The rows of one or more files."""
+class RowFiles(Source):
+    """The rows of one or more ``files``, of JSON objects (``lines``) or tables; ``_read`` makes a pair of one."""
 
     name = "rows"
     outputs = "text"
+    lines: bool
+    files: dict[str, Path]
+
+    def total(self) -> int:
+        count = text_lines.count_objects if self.lines else parquet_files.rows_in
+        return sum(count(file) for file in self.files.values())
+
+    def entries(self, start: int) -> Iterator[Entry]:
+        for number, (name, place, given) in enumerate(rows_of(self.lines, self.files, start), start):
+            where = place if self.lines else f"{name} {place}"
+            yield entry(where, self._read, f"{number:08d}", {"file": name, "place": place}, given)
+
+    @abstractmethod
+    def _read(self, pair_id: str, origin: dict[str, Any], given: Any) -> Outcome:
+        """The pair of a row; raises ValueError for a bad one."""
+
+
+class TextRows(RowFiles):
+    """The rows of one or more files."""
+
     rows_per_shard = 2048
 
     def __init__(
@@ -87,15 +108,6 @@ class TextRows(Source):
     def identity(self) -> dict[str, Any]:
         given = {"columns": list(self.columns), "whole": self.whole, "prompt_ends": self.prompt_ends}
         return {"files": identity_of(self.files), **given}
-
-    def total(self) -> int:
-        count = text_lines.count_objects if self.lines else parquet_files.rows_in
-        return sum(count(file) for file in self.files.values())
-
-    def entries(self, start: int) -> Iterator[Entry]:
-        for number, (name, place, given) in enumerate(rows_of(self.lines, self.files, start), start):
-            where = place if self.lines else f"{name} {place}"
-            yield entry(where, self._read, f"{number:08d}", {"file": name, "place": place}, given)
 
     def _read(self, pair_id: str, origin: dict[str, Any], given: Any) -> Outcome:
         row = text_lines.as_object(given) if self.lines else given

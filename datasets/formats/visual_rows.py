@@ -16,15 +16,15 @@ before the words of the first turn. Other columns that JSON can hold stay in the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyalign.core.errors import UserError
-from polyalign.datasets.formats import parquet_files, text_lines
+from polyalign.datasets.formats import text_lines
 from polyalign.datasets.formats.importing import import_pairs
-from polyalign.datasets.formats.source import Entry, OnBadRow, Outcome, Pair, Source, entry, identity_of
-from polyalign.datasets.formats.text_rows import data_files, pair_of_row, rows_of
+from polyalign.datasets.formats.source import OnBadRow, Outcome, Pair, identity_of
+from polyalign.datasets.formats.text_rows import RowFiles, data_files, pair_of_row, rows_of
 from polyalign.datasets.multi_image.rows import IMAGE, count_images, text
 from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.pictured_rows import LOSING_IMAGES, LOSING_MESSAGES
@@ -50,9 +50,9 @@ def import_visual_rows(
     return import_pairs(VisualRows(Path(path), split, pictures), store, on_bad_row=on_bad_row)
 
 
-def listed(path: Path) -> list[Path]:
-    """The picture files that the data at ``path`` name, those beside the data."""
-    source = VisualRows(Path(path), None, None)
+def listed(path: Path, *, split: str | None = None, pictures: str | None = None) -> list[Path]:
+    """The picture files that the data at ``path`` name; see :func:`import_visual_rows`."""
+    source = VisualRows(Path(path), split, pictures)
     found = {}
     for _, _, given in rows_of(source.lines, source.files, 0) if source.lines else ():
         try:
@@ -69,11 +69,10 @@ def listed(path: Path) -> list[Path]:
     return list(found)
 
 
-class VisualRows(Source):
+class VisualRows(RowFiles):
     """The rows of one or more files."""
 
-    name = "rows"
-    outputs = "text"
+    pictured = True
 
     def __init__(self, path: Path, split: str | None, pictures: str | None):
         self.path = path
@@ -84,15 +83,6 @@ class VisualRows(Source):
 
     def identity(self) -> dict[str, Any]:
         return {"files": identity_of(self.files)}
-
-    def total(self) -> int:
-        count = text_lines.count_objects if self.lines else parquet_files.rows_in
-        return sum(count(file) for file in self.files.values())
-
-    def entries(self, start: int) -> Iterator[Entry]:
-        for number, (name, place, given) in enumerate(rows_of(self.lines, self.files, start), start):
-            where = place if self.lines else f"{name} {place}"
-            yield entry(where, self._read, f"{number:08d}", {"file": name, "place": place}, given)
 
     def _read(self, pair_id: str, origin: dict[str, Any], given: Any) -> Outcome:
         row = text_lines.as_object(given) if self.lines else given

@@ -13,6 +13,8 @@ Pictures are named by a path below the data's folder. Distractors are later draw
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +98,17 @@ class Questions:
                 if before is not None and plain(before) != plain(turn.answer):
                     found[key] = None
         return found
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the entries, and of name and size of every picture's file."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            turns = [(turn.question, turn.answer) for turn in item.turns]
+            digest.update(json.dumps([item.number, item.source, item.picture, turns], ensure_ascii=False).encode())
+        for name in self.every_picture:
+            digest.update(f"{name} {(self.folder / name).stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def open(self, name: str) -> Image.Image:
         """A picture in RGB, decoded to the last row and turned upright.

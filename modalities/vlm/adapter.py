@@ -39,6 +39,7 @@ from polyalign.modalities.vlm.batches import VlmRow
 from polyalign.modalities.vlm.families import stands_still
 from polyalign.modalities.vlm.features import Features
 from polyalign.modalities.vlm.processing import Prompt
+from polyalign.modalities.vlm.prompt_cache import PromptCache
 from polyalign.modalities.vlm.settings import VlmModelSettings, losing_in
 
 Progress = Callable[[int, int], None]
@@ -64,7 +65,7 @@ class Answer:
 
 
 class VlmAdapter:
-    """The contract of :mod:`polyalign.core.adapter` for vision-language models. Holds settings and a cache, no model."""
+    """The contract of :mod:`polyalign.core.adapter` for vision-language models. Holds settings and caches, no model."""
 
     def __init__(self, settings: VlmModelSettings):
         self.settings = settings
@@ -72,6 +73,7 @@ class VlmAdapter:
             prefix_sharing=settings.prefix_sharing, head_chunk=settings.head_chunk, dense=settings.dense
         )
         self.cache = ContentCache(settings.cache_folder, settings.cache_bytes)
+        self.prompts = PromptCache(settings.prompt_bytes)
 
     def load(self) -> Model:
         return loading.load(self.settings)
@@ -183,7 +185,7 @@ class VlmAdapter:
 
     def prompt(self, model: Model, condition: Any, *, where: str) -> Prompt:
         """The ids, pictures and spans of a condition (:func:`polyalign.modalities.vlm.processing.prompt_of`)."""
-        return processing.prompt_of(model, condition, where=where, options=self.settings.picture_options)
+        return self.prompts.prompt(model, condition, where=where, options=self.settings.picture_options)
 
     def _branches(self, row: Row) -> list[Branch]:
         """The row's candidates: its branches, or its list of answers.
@@ -238,7 +240,9 @@ class VlmAdapter:
 
     def _length(self, model: Model, tokens: VlmRow) -> RowLength:
         prompts = [len(tokens.prompts[place].ids) for place in tokens.prompt_of]
-        return measure(model, prompts, [len(ids) for ids in tokens.completions], self.settings)
+        longest = max(tokens.prompts, key=lambda prompt: len(prompt.ids))
+        told = processing.tell_image_tokens(model, longest)
+        return measure(model, prompts, [len(ids) for ids in tokens.completions], self.settings, about_prompt=told)
 
     def features_of(self, model: Model) -> Callable[[int, Mapping[str, Tensor]], Features]:
         """What gives a picture's features: kept for good where they stay the same, else computed for this pass, with

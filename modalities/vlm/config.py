@@ -36,6 +36,9 @@ MADE = ("generate", "multi_image", "re_align")
 Format = Literal["sequence", "grid"]
 Task = Literal["what", "colour", "shape", "exists", "count", "alt"]
 
+NUMBERS: Mapping[Format, range] = {"sequence": range(1, 5), "grid": range(2, 5)}
+"""How many pictures a question of the world may have."""
+
 if TYPE_CHECKING:
     PairSource = str
 else:
@@ -93,6 +96,17 @@ class PromptsConfig(Section):
             raise ValueError("give either 'file' or 'world'")
         if self.world is not None and self.count is None:
             raise ValueError("a world needs 'count', since it has no end")
+        wrong = [
+            f"{arrangement} of {number}"
+            for arrangement, numbers in self.pictures.items()
+            for number in numbers
+            if number not in NUMBERS[arrangement]
+        ]
+        if wrong:
+            allowed = "; ".join(f"{name}: {numbers[0]} to {numbers[-1]}" for name, numbers in NUMBERS.items())
+            raise ValueError(f"pictures: the world has no {', '.join(wrong)}. Allowed: {allowed}")
+        if any(number > 1 for numbers in self.pictures.values() for number in numbers) and set(self.tasks) == {"alt"}:
+            raise ValueError("tasks: alt is asked of a single picture only; give pictures: {sequence: [1]}, or another task")
         return self
 
 

@@ -41,7 +41,8 @@ class Family:
 
     ``several_differ``: with several pictures in a prompt each is cut otherwise than alone. ``types``: the argument that marks
     image tokens. ``mutual``: a picture's tokens see one another. ``tested``: the tests show that shared prompts give what
-    separate ones give. ``takes_features``: the forward pass takes what the vision tower has made.
+    separate ones give. ``takes_features``: the forward pass takes what the vision tower has made. ``fewer``: the options of its
+    image processor that give a picture fewer tokens.
     """
 
     name: str
@@ -52,11 +53,18 @@ class Family:
     mutual: bool = False
     tested: bool = True
     takes_features: bool = True
+    fewer: str = ""
 
 
 _LLAVA = Family("llava", "even")
-_QWEN = Family("qwen", "grid", types="mm_token_type_ids", axes=3)
-_TILED = Family("idefics3", "whole_last")
+_QWEN = Family(
+    "qwen",
+    "grid",
+    types="mm_token_type_ids",
+    axes=3,
+    fewer="size: {shortest_edge: ..., longest_edge: ...}, its least and most pixels (min_pixels and max_pixels)",
+)
+_TILED = Family("idefics3", "whole_last", fewer="do_image_splitting: false, or a smaller size: {longest_edge: ...}")
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
     "llava_next": Family("llava_next", "alone"),
@@ -64,10 +72,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
-    "internvl": Family("internvl", "ended"),
+    "internvl": Family("internvl", "ended", fewer="crop_to_patches: false, or a smaller max_patches"),
     "smolvlm": _TILED,
     "idefics3": _TILED,
-    "gemma3": Family("gemma3", "uncut", types="token_type_ids", mutual=True),
+    "gemma3": Family("gemma3", "uncut", types="token_type_ids", mutual=True, fewer="do_pan_and_scan: false"),
 }
 """By ``model_type``."""
 

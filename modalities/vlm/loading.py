@@ -30,6 +30,10 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 MORE_FILES = (*PROCESSOR_FILES, "video_preprocessor_config.json")
 
 
+TILES = "image_grid_pinpoints"
+"""LLaVA-NeXT's and OneVision's sizes that a picture may be cut in, which the model reads from its configuration."""
+
+
 def load(settings: VlmModelSettings) -> Model:
     """The model of ``settings.base``, frozen, in evaluation mode, on its device.
 
@@ -53,8 +57,19 @@ def load(settings: VlmModelSettings) -> Model:
         identity += f"+template@sha256:{digest}"
     with quiet():
         network = read_network(AutoModelForImageTextToText, folder, config, settings)
+    _refuse_other_tiles(config, settings)
     more = {"config_noise": noise, "picture_options": dict(settings.picture_options)}
     return Model(network, {**parts_of(network, processor, folder), **more}, identity)
+
+
+def _refuse_other_tiles(config: Any, settings: VlmModelSettings) -> None:
+    """Raises UserError for tiles that the model does not know how to put together again."""
+    asked, own = settings.picture_options.get(TILES), getattr(config, TILES, None)
+    if asked is not None and own is not None and [list(one) for one in asked] != [list(one) for one in own]:
+        raise UserError(
+            f"picture_options: {TILES} is {asked}, and this model joins the tiles of a picture by its configuration's own, "
+            f"{own}. Leave it out, or take a base whose config.json has these"
+        )
 
 
 def parts_of(network: Any, processor: Any, folder: Path) -> dict[str, Any]:

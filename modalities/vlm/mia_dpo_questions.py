@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 from PIL import Image
@@ -134,17 +131,7 @@ class OfAFile:
 
     def inputs(self) -> dict[str, Any]:
         """Pictures are told apart by name and size of the file."""
-        return {"questions": self._digest, "entries": len(self.questions.items)}
-
-    @cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for item in self.questions.items:
-            turns = [(turn.question, turn.answer) for turn in item.turns]
-            digest.update(json.dumps([item.number, item.source, item.picture, turns], ensure_ascii=False).encode())
-        for name in self.questions.every_picture:
-            digest.update(f"{name} {(self.questions.folder / name).stat().st_size}\n".encode())
-        return digest.hexdigest()
+        return {"questions": self.questions.digest, "entries": len(self.questions.items)}
 
 
 def _parts(questions: Questions, config: MultiImageConfig, seed: int) -> list[Rows]:

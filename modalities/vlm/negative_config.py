@@ -44,7 +44,7 @@ class NegativesConfig(Section):
     """What loses beside the rejected answer."""
 
     image: ImageNegativeConfig | None = None
-    """The losing picture. Null: pairs have none, or keep the one that they have."""
+    """The losing picture; it takes the place of one that pairs have. Null: they have none, or keep theirs."""
 
     context: bool = False
     """The losing context: the whole question of another pair, as MCM-DPO has it."""

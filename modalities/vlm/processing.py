@@ -60,19 +60,32 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Asked:
-    """A condition checked: its turns, contents as lists of parts, and its pictures."""
+    """A condition checked: its turns, contents as lists of parts, and its pictures, as files' bytes where they are such."""
 
     messages: list[dict[str, Any]]
-    images: list[Image.Image]
+    images: list[bytes | Image.Image]
+
+    def opened(self, *, where: str) -> list[Image.Image]:
+        """The pictures, decoded.
+
+        Raises:
+            UserError: a damaged one.
+        """
+        return [decode(content, where=f"{where}, images[{place}]") for place, content in enumerate(self.images)]
 
 
 def asked_of(condition: Any, *, where: str) -> Asked:
     """The turns and pictures of a condition.
 
     Raises:
-        UserError: no turns, a turn or part of another kind, another number of pictures than of their places, or a damaged
-            picture.
+        UserError: no turns, a turn or part of another kind, another number of pictures than of their places, or no picture.
     """
+    turns, given = _conversation(condition, where)
+    return Asked(turns, [content_of(image, where=f"{where}, images[{place}]") for place, image in enumerate(given)])
+
+
+def _conversation(condition: Any, where: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The turns of a condition, and as many pictures as these have places for, as they were given."""
     condition = {"prompt": condition} if isinstance(condition, str) else condition
     if not isinstance(condition, Mapping):
         raise UserError(f"{where}: the condition is {condition!r}; expected a prompt, or a mapping with messages and images")
@@ -92,11 +105,7 @@ def asked_of(condition: Any, *, where: str) -> Asked:
             f"{where}: {places} image placeholder(s) in the messages, and {len(given)} image(s); each image needs one part "
             '{"type": "image"}, in order'
         )
-    images = []
-    for place, image in enumerate(given):
-        named = f"{where}, images[{place}]"
-        images.append(decode(content_of(image, where=named), where=named))
-    return Asked(turns, images)
+    return turns, given
 
 
 def _turn(turn: Any, place: int, where: str) -> dict[str, Any]:
@@ -128,16 +137,34 @@ def prompt_of(model: Model, condition: Any, *, where: str, options: Mapping[str,
     Raises:
         UserError: as :func:`asked_of`; a chat template that does not fit; a text that holds the image placeholder itself.
     """
-    asked = asked_of(condition, where=where)
+    return prompt_asked(model, asked_of(condition, where=where), where=where, options=options)
+
+
+def prompt_asked(model: Model, asked: Asked, *, where: str, options: Mapping[str, Any] | None = None) -> Prompt:
+    """As :func:`prompt_of`, of a condition that has been checked."""
+    images = asked.opened(where=where)
     text = rendered(model, asked.messages, True, where=where)
-    _refuse_written_placeholders(model, text, len(asked.images), where)
-    ids, inputs = _processed(model, text, asked.images, options or {}, where)
-    counts = _counts(model, ids, inputs, asked.images, options or {}, where)
+    _refuse_written_placeholders(model, text, len(images), where)
+    ids, inputs = _processed(model, text, images, options or {}, where)
+    counts = _counts(model, ids, inputs, images, options or {}, where)
     family: Family = model.parts["family"]
-    pictures = _pictures(family, inputs, counts, asked.images, options or {}, where)
+    pictures = _pictures(family, inputs, counts, images, options or {}, where)
     begin = model.parts["begin"]
     ids = ids if ids[: len(begin)] == begin else [*begin, *ids]
     return Prompt(ids, pictures, _positions(model, ids, pictures))
+
+
+def tell_image_tokens(model: Model, prompt: Prompt) -> str:
+    """How much of a prompt its pictures are, and what makes it less: the end of a sentence about a prompt that is too long.
+    Empty without pictures."""
+    if not prompt.pictures:
+        return ""
+    number, tokens = len(prompt.pictures), sum(picture.tokens for picture in prompt.pictures)
+    width, height = max(prompt.pictures, key=lambda picture: picture.tokens).size
+    fewer = model.parts["family"].fewer
+    cure = f"; fewer by prepare.picture_options, {fewer}" if fewer else ""
+    what = "1 picture" if number == 1 else f"{number} pictures, the largest"
+    return f" ({tokens} of the tokens are image tokens of {what} of {width} x {height} pixels{cure})"
 
 
 def completion_of(model: Model, condition: Any, answer: str, append_eos: bool, *, where: str) -> list[int]:
@@ -160,12 +187,8 @@ def completion_of(model: Model, condition: Any, answer: str, append_eos: bool, *
 
 
 def asked_of_text(condition: Any, *, where: str) -> list[dict[str, Any]]:
-    """The turns of a condition without opening its pictures."""
-    condition = {"prompt": condition} if isinstance(condition, str) else condition
-    return asked_of({**condition, "images": [_BLANK] * len(condition.get("images") or ())}, where=where).messages
-
-
-_BLANK = Image.new("RGB", (1, 1))
+    """The turns of a condition without looking at its pictures."""
+    return _conversation(condition, where)[0]
 
 
 def ends_of(model: Model, condition: Any, *, where: str) -> frozenset[int]:
@@ -206,7 +229,7 @@ def _processed(
     """Ids, pictures expanded, and the pictures' tensors, of one prompt."""
     pictures: dict[str, Any] = {"images": [images], **options} if images else {}
     try:
-        found = model.parts["processor"](text=[text], add_special_tokens=False, return_tensors="pt", **pictures)
+        found = model.parts["processor"](text=[text], add_special_tokens=False, return_tensors="pt", verbose=False, **pictures)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)

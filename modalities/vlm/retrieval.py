@@ -212,6 +212,7 @@ def _faiss_index(vectors: np.ndarray, kind: Kind, lists: int | None, probes: int
         return flat
     number = max(1, min(len(vectors), lists or round(len(vectors) ** 0.5)))
     index = faiss.IndexIVFFlat(flat, vectors.shape[1], number, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # fewer are as many clusters as were asked for, and nothing to warn of
     index.train(vectors)
     index.add(vectors)
     index.nprobe = min(number, probes)

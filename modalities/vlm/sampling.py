@@ -17,7 +17,7 @@ from polyalign.core.adapter import Model
 from polyalign.modalities.token_sampling import Progress, Question, answer, in_float64
 from polyalign.modalities.transformers_folders import autocast, plain
 from polyalign.modalities.vlm.features import Features, as_argument, as_pixels
-from polyalign.modalities.vlm.processing import Prompt
+from polyalign.modalities.vlm.processing import Prompt, tell_image_tokens
 from polyalign.modalities.vlm.settings import VlmModelSettings
 
 FeaturesOf = Callable[[int, Mapping[str, Tensor]], Features]
@@ -36,7 +36,8 @@ def sample(
     prompts: dict[Any, Prompt] = {}
     asked = []
     for prompt, ends, seed in questions:
-        asked.append(Question(prompt.ids, ends, seed, tuple(picture.key for picture in prompt.pictures)))
+        keys = tuple(picture.key for picture in prompt.pictures)
+        asked.append(Question(prompt.ids, ends, seed, keys, tell_image_tokens(model, prompt)))
         prompts[asked[-1].prompt] = prompt
 
     def runners(batch: Sequence[Question]) -> list[_Runner]:

@@ -60,6 +60,7 @@ class VlmModelSettings:
         max_prompt_tokens, max_completion_tokens, max_length: a row beyond one of them does not fit; image tokens count. The
             model's own number of positions is a limit too.
         picture_options: options of the family's image processor, by its own names (such as size, or do_pan_and_scan).
+        prompt_bytes: most memory for prompts with their processed pictures, which are processed anew beyond it.
     Scoring (see :mod:`polyalign.core.likelihood.tokens`):
         prefix_sharing: compute a prompt and its images once for all candidates that have them.
         head_chunk: positions a piece of the LM head.
@@ -91,6 +92,7 @@ class VlmModelSettings:
     max_completion_tokens: int | None = None
     max_length: int | None = None
     picture_options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_bytes: int = 2**28
 
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
     head_chunk: int = HEAD_CHUNK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,15 @@ from polyalign.modalities.fingerprints import fingerprint
 from polyalign.modalities.loops import specs_of
 from polyalign.modalities.token_refusals import CAPABILITIES, base_of, refuse_base, refuse_beta, refuse_start
 from polyalign.modalities.vlm.config import VlmRecipe
-from polyalign.modalities.vlm.training import BRANCHES, ROOM, TINY_BASE, open_model, open_trained
+from polyalign.modalities.vlm.training import BRANCHES, ROOM, TINY_BASE, branches_of, open_model, open_trained
 
 __all__ = ["SCHEMA", "STAGES", "evaluate", "export", "generate", "open_model", "open_trained", "report", "train"]
 
 SCHEMA = VlmRecipe
 STAGES = ("generate", "train", "evaluate", "report")
+
+MAKES = {"image": "image: {kind: diffused}", "context": "context: true"}
+"""Keys of pairs.negatives, by what they make that may lose."""
 
 Condition = Mapping[str, Any]
 
@@ -53,29 +57,43 @@ def refuse_early(recipe: VlmRecipe) -> None:
 
 
 def _refuse_without_losers(recipe: VlmRecipe) -> None:
-    """Raises UserError for an objective that compares pictures or contexts, where none are made to lose."""
+    """Raises UserError for candidates in which something is to lose that nothing makes, or that is called something else."""
     from polyalign.core.objectives.table import build
+    from polyalign.modalities.vlm.settings import LOSING, losing_in
 
-    offered = data_of(recipe)
+    offered = losing_of(recipe)
     for key, spec in specs_of(recipe).items():
-        lacking = [name for name in build(spec).data if name in BRANCHES and name not in offered]
+        try:
+            branches = branches_of(recipe, spec)
+            asked = frozenset().union(*map(losing_in, branches))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        lacking = [name for name in LOSING if name in asked - offered]
         if lacking:
-            asked = "{image: {kind: diffused}" + (", context: true}" if lacking[0] == "visual eights" else "}")
             raise UserError(
-                f"{key}: {spec.name} compares {', '.join(BRANCHES[lacking[0]])}, and nothing in this recipe makes what is to "
-                f"lose in them. Give pairs.negatives, such as {asked}"
+                f"{key}: {build(spec).name} compares {', '.join(branches)}, and nothing in this recipe makes the "
+                f"{' and the '.join(lacking)} that is to lose in them. Give pairs.negatives, such as "
+                f"{{{', '.join(words for name, words in MAKES.items() if name in asked)}}}"
             )
 
 
+def losing_of(recipe: VlmRecipe) -> frozenset[str]:
+    """What may lose in the recipe's pairs. Of pairs that are read nobody knows what else is to lose in them."""
+    pairs, negatives = recipe.pairs, recipe.pairs.negatives
+    if not pairs.sampled:
+        return frozenset({"response", *MAKES})
+    images = pairs.source == "re_align" or (negatives is not None and negatives.image is not None)
+    there = {"response": True, "image": images, "context": negatives is not None and negatives.context}
+    return frozenset(name for name, made in there.items() if made)
+
+
 def data_of(recipe: VlmRecipe) -> frozenset[Any]:
-    """What the recipe's pairs are to an objective. Of pairs that are read nobody knows what else is to lose in them."""
-    pairs = recipe.pairs
-    images = pairs.source == "re_align" or (pairs.negatives is not None and pairs.negatives.image is not None)
-    contexts = pairs.negatives is not None and pairs.negatives.context
-    if not pairs.sampled or images:
-        every = ["pairs", "visual triples", *(["visual eights"] if contexts or not pairs.sampled else [])]
-        return frozenset(every)
-    return frozenset({"pairs"})
+    """What the recipe's pairs are to an objective."""
+    from polyalign.modalities.vlm.settings import losing_in
+
+    offered = losing_of(recipe)
+    whole = [name for name, branches in BRANCHES.items() if frozenset().union(*map(losing_in, branches)) <= offered]
+    return frozenset({"pairs", "named branches", *whole})
 
 
 def generate(recipe: VlmRecipe, run: RunFolder) -> None:
@@ -86,12 +104,25 @@ def generate(recipe: VlmRecipe, run: RunFolder) -> None:
 
     negatives = recipe.pairs.negatives
     samples_of = {"model": base_of(recipe), "sampler": recipe.sampler, "pictures": recipe.prepare.picture_options}
+    if recipe.pairs.source == "multi_image":
+        samples_of |= _pictures_of(recipe)
     more: dict[str, Any] = {}
     if negatives is not None:
         finish = partial(with_losers, run / PLAIN, run / "pairs", negatives, seed=recipe.seed)
         more = {"place": PLAIN, "finish": finish}
     makers = {"multi_image": _multi_image, "re_align": _re_align}
     verbs.generate(ROOM, recipe, run, formats=ANSWER_SOURCES, samples_of=samples_of, makers=makers, **more)
+
+
+def _pictures_of(recipe: VlmRecipe) -> dict[str, Any]:
+    """What the questions of a file name: their pictures by name and size, since there may be a hundred thousand."""
+    from polyalign.datasets.multi_image.sources import read_questions
+
+    section = recipe.pairs.multi_image
+    assert section is not None  # the schema asks for it
+    if section.questions is None:
+        return {}
+    return {"asked_of": read_questions(section.questions, section.pictures, on_bad_row=section.on_bad_row).digest}
 
 
 def _multi_image(recipe: VlmRecipe, run: RunFolder, adapter: Any, model: Any) -> None:
@@ -202,13 +233,21 @@ def write_attention(
     section = recipe.pairs.multi_image
     layer = None if section is None else section.layer
     found: dict[int, dict[str, Any]] = {index: {} for index in shown}
+    reasons: dict[str, None] = {}
     with ProgressLine("where the models look", total=2 * len(shown)) as line:
         for name, trained in (("base", None), ("aligned", run / "adapter")):
             adapter, model = open_trained(_for_evaluation(recipe), trained)
-            for index in shown:
-                maps = attention_maps(adapter, model, conditions[index], outputs[name][index], layer)
-                found[index][name] = {"images": [{"map": one.round(6).tolist()} for one in maps]}
+            for index in list(found):
+                try:
+                    maps = attention_maps(adapter, model, conditions[index], outputs[name][index], layer)
+                    found[index][name] = {"images": [{"map": one.round(6).tolist()} for one in maps]}
+                except UserError as error:  # a family that does not say: the answers and their scores stand without it
+                    reasons[str(error)] = None
+                    del found[index]
                 line.advance()
+    if reasons:
+        said = f"{len(shown) - len(found)} of {len(shown)} questions have no picture of where the models look"
+        print(f"{said}: {'; '.join(reasons)}", file=sys.stderr, flush=True)
     (run / "samples" / "attention").mkdir(parents=True, exist_ok=True)
     for index, models in found.items():
         atomic_write(run / attention_file(index), json.dumps({"layer": layer, "models": models}) + "\n")

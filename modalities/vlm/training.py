@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyalign.core.errors import UserError
 from polyalign.core.run import RunFolder
 from polyalign.modalities.arms import Room
 from polyalign.modalities.token_training import TokenModels, pairs_that_fit, shared_settings, tell_beta, trainable
@@ -32,17 +33,31 @@ BRANCHES = {
         "context+image+response",
     ),
 }
-"""The candidates that objectives compare, in order, by the data that they ask for; of others it is chosen and response."""
+"""The candidates that objectives compare, in order, by the data that they ask for. Of objectives that name their branches it is
+chosen and these, of others chosen and response."""
 
 
 def branches_of(recipe: VlmRecipe, objective: ObjectiveSpec | None = None) -> tuple[str, ...]:
-    """The candidates of a pair: those that the recipe names, or that the objective needs."""
-    from polyalign.core.objectives.table import build
+    """The candidates of a pair: those that the recipe names, or that the objective needs.
 
-    if recipe.prepare.branches is not None:
-        return recipe.prepare.branches
-    data = build(objective or recipe.objective).data
-    return next((branches for name, branches in BRANCHES.items() if name in data), ("chosen", "response"))
+    Raises:
+        UserError: the recipe names other ones than the objective's terms are about.
+    """
+    from polyalign.core.objectives.table import build
+    from polyalign.modalities.vlm.settings import losing_in
+
+    built, named = build(objective or recipe.objective), recipe.prepare.branches
+    if built.branches:
+        asked = ("chosen", *built.branches)
+        if named is not None and list(map(losing_in, named)) != list(map(losing_in, asked)):
+            raise UserError(
+                f"prepare.branches is {list(named)}, and the terms of the objective {built.name} are about {list(asked)}, in "
+                "this order. Leave prepare.branches out: the objective says what it needs"
+            )
+        return asked
+    if named is not None:
+        return named
+    return next((branches for name, branches in BRANCHES.items() if name in built.data), ("chosen", "response"))
 
 
 def settings_of(recipe: VlmRecipe, run: RunFolder | None = None, objective: ObjectiveSpec | None = None) -> VlmModelSettings:
@@ -104,9 +119,17 @@ def grouped(condition: dict[str, Any]) -> dict[str, Any]:
     return {**condition, "group": name}
 
 
+def named_pictures(prompts: PromptsConfig) -> Sequence[Path]:
+    """The pictures that a file of questions names."""
+    from polyalign.datasets import visual_prompts
+
+    return visual_prompts.named_pictures(prompts.file) if prompts.file else ()
+
+
 def tables(evaluation: Mapping[str, Any], conditions: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """``groups``: how many answers are right by the number and arrangement of pictures and by task, where the judge says from
     which score on one is."""
+    from polyalign.evaluation.groups import ALL
     from polyalign.evaluation.groups import grouped as shares
     from polyalign.evaluation.pictured import key_of
 
@@ -120,6 +143,7 @@ def tables(evaluation: Mapping[str, Any], conditions: Sequence[Mapping[str, Any]
     found = {}
     for title, key in titles.items():
         named = [str(condition.get(key, "none")) for condition in conditions]
+        named = [f"'{name}'" if name == ALL else name for name in named]  # a task may be called so
         if len(set(named)) > 1 or key == "group":
             limits = {"right_from": judge["right_from"], "broken_below": judge.get("broken_below"), "clusters": clusters}
             found[title] = shares(base, others, named, seed, **limits)
@@ -136,5 +160,6 @@ ROOM = Room(
     trainable,
     pictured=True,
     tables=tables,
+    named_by=named_pictures,
 )
 """What this modality gives to the training that all share."""

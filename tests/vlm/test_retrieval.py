@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,18 +83,59 @@ def test_what_cannot_be_indexed_is_refused() -> None:
         index_of([flat((0, 0, 0))], Encoder("mean colour", MeanColour()))
 
 
+def unit_vectors(number: int, width: int) -> np.ndarray:
+    vectors = np.random.default_rng(0).normal(size=(number, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.skipif(HAS_FAISS, reason="FAISS is installed")
 @pytest.mark.parametrize("kind", ["faiss", "ivf"])
-def test_faiss_finds_what_numpy_finds(kind: str) -> None:
-    vectors = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    exact = PictureIndex(vectors, range(60))
-    if not HAS_FAISS:
-        with pytest.raises(UserError, match=r"polyalign\[retrieval\]"):
-            PictureIndex(vectors, range(60), kind=kind)
-        return
-    other = PictureIndex(vectors, range(60), kind=kind, lists=4, probes=4)
-    for place in range(0, 60, 7):
-        assert [one.place for one in other.similar(place, 5)] == [one.place for one in exact.similar(place, 5)]
+def test_without_faiss_its_extra_is_named(kind: str) -> None:
+    with pytest.raises(UserError, match=r"polyalign\[retrieval\]"):
+        PictureIndex(unit_vectors(4, 3), range(4), kind=kind)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kind": "faiss"}, {"kind": "ivf", "probes": 2000}, {"kind": "ivf", "lists": 7, "probes": 7}]
+)
+def test_faiss_finds_what_numpy_finds(options: dict[str, Any]) -> None:
+    pytest.importorskip("faiss")
+    vectors, member = unit_vectors(2000, 32), [*range(2000), 3, 3, 7]
+    exact, other = PictureIndex(vectors, member), PictureIndex(vectors, member, **options)
+    for place in range(0, len(member), 13):
+        for besides in ((), (place // 2, 5)):
+            wanted, found = (index.similar(place, 10, besides=besides) for index in (exact, other))
+            assert [one.place for one in found] == [one.place for one in wanted] and len(found) == 10
+            assert np.allclose([one.cosine for one in found], [one.cosine for one in wanted], atol=1e-6)
+
+
+def test_clusters_that_are_not_searched_cost_neighbours_and_never_bring_wrong_ones(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("faiss")
+    vectors = unit_vectors(400, 16)
+    exact, some = PictureIndex(vectors, range(400)), PictureIndex(vectors, range(400), kind="ivf", probes=3)
+    shares = []
+    for place in range(400):
+        cosines = {one.place: one.cosine for one in exact.similar(place, 399)}
+        found = some.similar(place, 5)
+        assert all(one.cosine == pytest.approx(cosines[one.place], abs=1e-6) for one in found)
+        assert [one.cosine for one in found] == sorted((one.cosine for one in found), reverse=True)
+        nearest = {one.place for one in exact.similar(place, 5)}
+        shares.append(len(nearest & {one.place for one in found}) / 5)
+    assert 0.3 < np.mean(shares) < 1.0
+    assert capfd.readouterr().err == "", "no warnings of FAISS about few pictures"
+    few = PictureIndex(vectors[:2], range(2), kind="ivf")
+    assert [one.place for one in few.similar(0, 5)] == [1]
+
+
+@pytest.mark.parametrize("kind", ["faiss", "ivf"])
+def test_of_equally_far_ones_faiss_has_the_first_too(kind: str) -> None:
+    pytest.importorskip("faiss")
+    vectors = np.zeros((30, 4), np.float32)
+    vectors[:10, 1], vectors[10:, 0] = 1.0, 1.0
+    index = PictureIndex(vectors, range(30), kind=kind, probes=30)
+    assert [one.place for one in index.similar(0, 5)] == [1, 2, 3, 4, 5]
+    assert [one.place for one in index.similar(29, 3)] == [10, 11, 12]
+    assert len(index.similar(0, 99)) == 29
 
 
 @pytest.mark.parametrize("family", BUILDERS)

@@ -191,6 +191,55 @@ def test_nothing_is_cut(tiny_vlms: Folder) -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "options", "cure"),
+    [
+        ("qwen2_5_vl", {"size": {"shortest_edge": 4 * 196, "longest_edge": 4 * 196}}, r"size: .*longest_edge.*max_pixels"),
+        ("qwen3_vl", {"size": {"shortest_edge": 4 * 256, "longest_edge": 4 * 256}}, r"size: .*longest_edge.*max_pixels"),
+        ("idefics3", {"do_image_splitting": False}, "do_image_splitting: false"),
+        ("smolvlm", {"size": {"longest_edge": 28}}, "size: .longest_edge"),
+        ("internvl", {"crop_to_patches": False}, "crop_to_patches: false"),
+    ],
+)
+def test_a_prompt_that_is_long_by_its_pictures_names_what_makes_it_shorter(
+    family: str, options: dict[str, Any], cure: str, tiny_vlms: Folder
+) -> None:
+    condition = {"prompt": "it", "images": [picture(0, (90, 50))]}
+    row = {"pair_id": "p", "condition": condition, "chosen": "red", "rejected": "no"}
+    adapter, model = opened(tiny_vlms(family))
+    prompt = adapter.prompt(model, condition, where="x")
+    tokens, limit = prompt.pictures[0].tokens, len(prompt.ids) - 1
+    told = (
+        rf"{tokens} of the tokens are image tokens of 1 picture of 90 x 50 pixels; fewer by prepare.picture_options, .*{cure}"
+    )
+    for key in ("max_prompt_tokens", "max_length"):
+        short, _ = opened(tiny_vlms(family), **{key: limit})
+        with pytest.raises(UserError, match=rf"pair p does not fit: .* tokens, more than {key}, {limit} \({told}"):
+            short.prepare(model, [row], step=0)
+    short, _ = opened(tiny_vlms(family), max_prompt_tokens=limit, picture_options=options)
+    assert short.score(model, short.prepare(model, [row], step=0), None).values.isfinite().all()
+    answers, _ = opened(tiny_vlms(family), max_completion_tokens=1)
+    assert "image tokens" not in str(answers.lengths(model, [row])[0].reason)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_names_its_pictures(tiny_vlms: Folder) -> None:
+    adapter, model = opened(tiny_vlms("qwen2_5_vl"), max_new_tokens=2040)
+    images = [picture(0, (90, 50)), picture(1)]
+    with pytest.raises(
+        UserError, match=r"tokens \(\d+ of the tokens are image tokens of 2 pictures, the largest of 90 x 50 .*max_new"
+    ):
+        adapter.sample(model, [{"prompt": "it", "images": images}], [0])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_tiles_that_the_model_cannot_join_are_refused(family: str, tiny_vlms: Folder) -> None:
+    with pytest.raises(UserError, match=r"image_grid_pinpoints is \[\[28, 28\]\], and this model joins"):
+        opened(tiny_vlms(family), picture_options={"image_grid_pinpoints": [[28, 28]]})
+    adapter, model = opened(tiny_vlms(family), max_prompt_tokens=10)
+    (reason,) = [found.reason for found in adapter.lengths(model, ROWS[:1])]
+    assert reason is not None and "image tokens" in reason and "picture_options" not in reason
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"chosen": "red"}, "rejected is None, and has to be text"),

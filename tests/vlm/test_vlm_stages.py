@@ -15,6 +15,7 @@ from vlm_runs import MULTI_IMAGE, WORLD, recipe, run
 from polyalign.core.errors import UserError
 from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.pictures import decode
+from polyalign.modalities.held_out import split_pairs
 from polyalign.modalities.vlm import stages
 from polyalign.modalities.vlm.config import VlmRecipe
 
@@ -139,6 +140,11 @@ METHODS = {
         {**MULTI_IMAGE, "negatives": {"image": {"kind": "diffused", "step": 500}}},
         3,
     ),
+    "branches that the recipe names": (
+        {"name": "branches", "terms": {"response": 1.0, "image": 0.5, "context+image": 0.2}, "joint": True, "anchored": 0.5},
+        {**MULTI_IMAGE, "negatives": {"image": {"kind": "blanked"}, "context": True}},
+        4,
+    ),
 }
 
 
@@ -170,9 +176,16 @@ def test_branches_follow_the_objective():
         assert len(settings_of(asked).branches) == count
     named = VlmRecipe.model_validate(recipe(prepare={"branches": ["chosen", "image"]}))
     assert settings_of(named).branches == ("chosen", "image")
+    terms = {"name": "branches", "terms": {"image+context": 1.0, "response": 0.5}}
+    arm = VlmRecipe.model_validate(recipe(arms={"ours": terms}))
+    assert settings_of(arm, objective=arm.arms["ours"]).branches == ("chosen", "context+image", "response")
+    assert settings_of(arm).branches == ("chosen", "response")
+    same = VlmRecipe.model_validate(recipe(objective=terms, prepare={"branches": ["chosen", "image+context", "response"]}))
+    assert settings_of(same).branches == ("chosen", "context+image", "response")
 
 
 ONLY_IMAGES = {**MULTI_IMAGE, "negatives": {"image": {}}}
+NAMED = {"name": "branches", "terms": {"response": 1.0, "context": 0.5}}
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------------
@@ -191,7 +204,14 @@ ONLY_IMAGES = {**MULTI_IMAGE, "negatives": {"image": {}}}
         ({"pairs": {"source": "multi_image"}}, "needs 'multi_image'"),
         ({"pairs": {**MULTI_IMAGE, "negatives": {}}}, "nothing is to lose"),
         ({"sampler": {"max_new_tokens": 4000}}, "max_new_tokens is 4000.*positions"),
-        ({"prepare": {"branches": ["chosen", "sound"]}}, "the branch 'sound' is unknown"),
+        ({"prepare": {"branches": ["chosen", "sound"]}}, "objective: the branch 'sound' is unknown"),
+        ({"prepare": {"branches": ["chosen", "image"]}}, "objective: dpo compares chosen, image, .*makes the image that"),
+        ({"objective": NAMED}, "branches compares chosen, .*makes the context .*such as {context: true}"),
+        ({"objective": NAMED, "pairs": ONLY_IMAGES}, "makes the context that is to lose in them"),
+        ({"arms": {"more": {"name": "branches"}}}, "arms.more: branches compares chosen, response, image, .*kind: diffused"),
+        ({"objective": {"name": "branches", "terms": {"image+sound": 1.0}}}, "objective: the branch 'image.sound' is unknown"),
+        ({"objective": {"name": "branches", "terms": {"image": -1.0}}}, "objective.terms.image: must be greater than 0"),
+        ({"objective": NAMED, "prepare": {"branches": ["chosen", "response"]}}, "Leave prepare.branches out"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(tmp_path, capsys, changes, words):
@@ -286,3 +306,31 @@ def test_questions_of_the_training_are_no_evaluation(tmp_path):
     store = PairStore(tmp_path / "run" / "pairs")
     with pytest.raises(UserError, match="are also prompts of the pairs"):
         stages.ROOM.evaluation_conditions(VlmRecipe.model_validate(asked), store)
+
+
+def test_what_is_asked_about_one_picture_stays_on_one_side(tmp_path):
+    data = preferences(tmp_path / "data")
+    lines = (tmp_path / "data" / "rows.jsonl").read_text()
+    again = [json.loads(line) | {"prompt": "How many objects are there?"} for line in lines.splitlines()]
+    (tmp_path / "data" / "rows.jsonl").write_text(lines + "".join(json.dumps(line) + "\n" for line in again))
+    asked = recipe(pairs=data, evaluate=held_out())
+    assert run(tmp_path, "generate", asked) == 0
+    store = PairStore(tmp_path / "run" / "pairs")
+    trained, kept = split_pairs(VlmRecipe.model_validate(asked).evaluate, 3, store)
+    shown = [{row["condition"]["images"][0]["bytes"] for row in store.rows(part)} for part in (trained, kept)]
+    assert all(shown) and not shown[0] & shown[1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ({"pictures": {"grid": [1, 2]}}, "the world has no grid of 1"),
+        ({"pictures": {"sequence": [7]}}, "the world has no sequence of 7"),
+        ({"pictures": {"sequence": [1, 2]}, "tasks": ["alt"]}, "alt is asked of a single picture only"),
+    ],
+)
+def test_questions_that_the_world_does_not_ask_are_refused(prompts, words):
+    asked = recipe()
+    asked["evaluate"]["prompts"] = {"world": "scenes", "split": "heldout", "count": 4, **prompts}
+    with pytest.raises(ValueError, match=words):
+        VlmRecipe.model_validate(asked)
