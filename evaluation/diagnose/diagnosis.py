@@ -30,6 +30,7 @@ SENTENCES: dict[State, str] = {
     "no signal": "The training had nothing to learn from: loss and margins stayed where they began.",
     "noisy or flipped labels": "The labels contradict the judge, or one another.",
     "pairs drawn only from failures": "The pairs teach what the base's failures have in common, in the place of the skill.",
+    "selection bias": "The chosen answers say some things far more often than right answers do, and that is learnt too.",
     "off-policy rejected answers": "The rejected sides are nothing that the base would write.",
     "length or size bias": "Size tells the chosen side from the rejected one.",
     "diverged": "The training left the track.",

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from polyalign.evaluation.diagnose.findings import LIMITS
 from polyalign.evaluation.diagnose.pair_facts import PairFacts, read_pair_facts
+from polyalign.evaluation.diagnose.selected import Selection, read_selection
 from polyalign.evaluation.report.collect import Metrics, ReportData, collect
 from polyalign.evaluation.report.verdict import Verdict, decide
 
@@ -58,6 +60,7 @@ class Evidence:
     chosen: Movement | None
     rejected: Movement | None
     missing: list[str]
+    selection: Selection | None = None
 
     @property
     def metrics(self) -> Metrics | None:
@@ -95,6 +98,7 @@ def read_evidence(folder: Path) -> Evidence:
         chosen=movement(metrics, "chosen"),
         rejected=movement(metrics, "rejected"),
         missing=missing,
+        selection=read_selection(report.pairs, LIMITS.least_pairs, missing),
     )
 
 

@@ -10,6 +10,7 @@ State = Literal[
     "no signal",
     "noisy or flipped labels",
     "pairs drawn only from failures",
+    "selection bias",
     "off-policy rejected answers",
     "length or size bias",
     "diverged",
@@ -58,6 +59,12 @@ class Limits:
 
     failure_elsewhere: float = 0.2
     """Prompts on which the base is as good as the chosen sides: with a fifth of them, there was a skill to leave out."""
+
+    far_words: float = 0.2
+    """Distance of the chosen answers' telling words from all questions': a fifth of the pairs would have to be others."""
+
+    far_beyond_chance: float = 2.0
+    """Times the distance of as many pairs drawn evenly, which is its mean, and spreads by a third or less over ten words."""
 
     other_author: float = 0.9
     """Share of pairs with a chosen side that the base did not write, from which their author is said to be another one."""

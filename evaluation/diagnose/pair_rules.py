@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from polyalign.evaluation.diagnose.evidence import Evidence
-from polyalign.evaluation.diagnose.findings import LIMITS, Finding, unknown
+from polyalign.evaluation.diagnose.findings import LIMITS, Finding, State, unknown
+from polyalign.evaluation.diagnose.selected import Selection
 from polyalign.evaluation.report.verdict import describe
 
 NO_PAIRS = "no pairs were found in the run folder"
@@ -71,11 +72,29 @@ def flipped_labels(evidence: Evidence) -> Finding:
 def failures_only(evidence: Evidence) -> Finding:
     cause, state = "pairs from failures only", "pairs drawn only from failures"
     rule = (
-        f"the base wrote the rejected sides and another author the chosen ones ({LIMITS.other_author:.0%} each), the base's "
+        f"what made the pairs says that {LIMITS.failure_reached:.0%} of them at most are of questions that the base gets "
+        f"right, and that it gets {LIMITS.failure_elsewhere:.0%} or more of all questions right; or, by the scores of all "
+        f"samples, the base wrote the rejected sides and another author the chosen ones ({LIMITS.other_author:.0%} each), its "
         f"own samples come up to the chosen side on at most {LIMITS.failure_reached:.0%} of the pairs' prompts, and do so on "
-        f"{LIMITS.failure_elsewhere:.0%} or more of all prompts that were sampled: what failures have in common is then "
-        "learnt in the place of the skill, and what the base could do is lost"
+        f"{LIMITS.failure_elsewhere:.0%} or more of all prompts: what failures have in common is then learnt in the place of "
+        "the skill, and what the base could do is lost"
     )
+    drawn = evidence.selection
+    if drawn is not None:
+        holds = drawn.of_right <= LIMITS.failure_reached and drawn.right >= LIMITS.failure_elsewhere
+        found = (
+            f"{drawn.of_right:.0%} of the {drawn.pairs} pairs are of questions that the base got right, and it got "
+            f"{drawn.right:.0%} of all {drawn.questions} right"
+        )
+        cure = (
+            "Keep pairs of questions that the base gets right, with a natural wrong answer such as another picture's "
+            "(pairs.multi_image.balance: true), and judge by held-out skill: the reward margin cannot show this."
+        )
+        return Finding(cause, state, holds, rule, f"{found}{_words_of(drawn)}{_soared(evidence)}" if holds else found, cure)
+    return _failures_by_samples(evidence, cause, state, rule)
+
+
+def _failures_by_samples(evidence: Evidence, cause: str, state: State, rule: str) -> Finding:
     pairs = evidence.pairs
     if pairs is None:
         return unknown(cause, state, rule, NO_PAIRS)
@@ -99,6 +118,42 @@ def failures_only(evidence: Evidence) -> Finding:
         f"all {len(pairs.best_of_prompts)} prompts{_soared(evidence)}",
         "Add pairs of prompts that the base gets right (its right answer against another wrong one), best as many as of its "
         "failures, and judge by held-out skill: the reward margin cannot show this.",
+    )
+
+
+def selection_bias(evidence: Evidence) -> Finding:
+    cause, state = "selected answers", "selection bias"
+    rule = (
+        "the words that tell chosen from rejected answers are distributed otherwise than those of all questions that were "
+        f"asked, at a distance (total variation) of {LIMITS.far_words:g} or more and {LIMITS.far_beyond_chance:g} times that "
+        "of as many pairs drawn evenly: to say the frequent word becomes likelier whatever is asked"
+    )
+    drawn = evidence.selection
+    if drawn is None or drawn.distance is None:
+        return unknown(cause, state, rule, "what made the pairs did not count the answers of all questions (selection)")
+    far = drawn.distance >= max(LIMITS.far_words, LIMITS.far_beyond_chance * drawn.by_chance)
+    words = _words_of(drawn).removeprefix("; ")
+    return Finding(
+        cause,
+        state,
+        far,
+        rule,
+        f"{words}{_soared(evidence)}" if far else words,
+        "Draw pairs evenly over what is right: keep those of questions that the base gets right "
+        "(pairs.multi_image.balance: true), or drop pairs of the words that are too frequent. Watch held-out skill by kind of "
+        "question: the reward margin cannot show this.",
+    )
+
+
+def _words_of(drawn: Selection) -> str:
+    """The distance of the telling words, and those whose share is most another."""
+    if drawn.distance is None:
+        return ""
+    most = [f"'{word}' in {pairs:.0%} in the place of {every:.0%}" for word, pairs, every in drawn.most[:2]]
+    named = f": {', '.join(most)}" if drawn.distance >= LIMITS.far_words and most else ""
+    return (
+        f"; the words that make answers right are {drawn.distance:.2f} away from those of all questions "
+        f"({drawn.by_chance:.2f} by chance){named}"
     )
 
 
@@ -191,4 +246,4 @@ def _lengths(evidence: Evidence) -> str:
     return f"; outputs of the base have {words['base']:.1f} words, of the aligned model {words['aligned']:.1f}"
 
 
-PAIR_RULES = (identical_pairs, flipped_labels, failures_only, off_policy, size_bias)
+PAIR_RULES = (identical_pairs, flipped_labels, failures_only, selection_bias, off_policy, size_bias)

@@ -23,6 +23,10 @@ from polyalign.evaluation.report.readings import (
     weight_reading,
 )
 from polyalign.evaluation.report.recipe import flatten
+from polyalign.evaluation.report.tables import tables
+
+NO_SCORES = {"edges": [], "counts": []}
+"""The histogram of pairs whose preferences came without scores."""
 
 LABELS = {"error": "error against the reference, %", "log-probability": "log-probability against the reference, nats"}
 EXPLAINED = {
@@ -236,7 +240,9 @@ def data_card(data: ReportData) -> str:
         name = foreign(judge.get("name", "not named"), 80)
         parts.append(f"<p>Decided by the judge {', '.join([name, *known_keys, *rest])}.</p>")
     parts.append(_strategies(summary.get("strategies")))
-    parts.append(_histogram(summary.get("score_histogram")))
+    parts.append(tables(summary.get("tables")))
+    if judge:  # pairs that nobody judged have no scores
+        parts.append(_histogram(summary.get("score_histogram")))
     parts.append(_examples(data.pair_examples))
     return "".join(parts)
 
@@ -298,6 +304,8 @@ def _strategies(rows: Any) -> str:
 
 
 def _histogram(block: Any) -> str:
+    if block == NO_SCORES:
+        return ""
     if not isinstance(block, Mapping) or not block.get("counts") or len(block["edges"]) != len(block["counts"]) + 1:
         return note("No histogram of scores was recorded.")
     drawing = charts.histogram(block["edges"], block["counts"], what="the judge's scores of all samples")

@@ -14,6 +14,7 @@ there is no threshold: of them the relative rule is taken. Questions of single i
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
 from polyalign.datasets.multi_image.sources import plain
+from polyalign.evaluation.selection import telling_word
 from polyalign.modalities.vlm.adapter import Answer, VlmAdapter
 from polyalign.modalities.vlm.attention_ratio import Looked, image_attention, looked, middle_layer
 from polyalign.modalities.vlm.attention_rows import NoAttention, Recorded, layers_of, record
@@ -58,6 +60,12 @@ class Asked:
     def confused(self) -> bool:
         """Whether the answer is another image's."""
         return not self.right and plain(self.answer) in map(plain, self.row["confusions"])
+
+    @property
+    def telling_word(self) -> str | None:
+        """What tells the right answer from the model's own wrong one, or from that of another image, were it a pair."""
+        wrong = next(iter(self.row["confusions"]), None) if self.right else self.answer
+        return None if wrong is None else telling_word(self.row["chosen"], wrong)
 
 
 class MiaDpo:
@@ -125,6 +133,8 @@ class MiaDpo:
             "broken_answers": sum(one.perplexity is None for one in asked),
             "right_without_pair": sum(one.right and not self._balanced(one) for one in asked),
             "layer": self.layer,
+            "words": dict(Counter(one.telling_word for one in asked if one.telling_word)),
+            "words_of_pairs": dict(Counter(one.telling_word for one in asked if one.telling_word and one.index in pairs)),
             **{part: merged(audits[part]) for part in PARTS},
             "kinds": kinds,
         }

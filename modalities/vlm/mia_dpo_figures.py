@@ -6,10 +6,13 @@ A *kind* of question is its format, number of images and level: ``sequence 2``, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from polyalign.evaluation.selection import selection
 from polyalign.modalities.vlm.attention_ratio import auc
+from polyalign.modalities.vlm.data_card import tables_of_mia_dpo
 from polyalign.modalities.vlm.filters import Audit
 
 COUNTED = ("questions", "right", "confused", "mistakes", "balanced", "elsewhere_right", "elsewhere_wrong")
@@ -66,7 +69,7 @@ def summary_of(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     for side in SIDES:
                         at[side] += ratios[side]
     counts = ("questions", "pairs", "unusable", "broken_answers", "right_without_pair")
-    return {
+    found = {
         **{name: sum(note[name] for note in notes) for name in counts},
         "layer": next((note["layer"] for note in notes), None),
         "audit": {part: merged(note[part] for note in notes) for part in PARTS},
@@ -74,6 +77,23 @@ def summary_of(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "target_not_first": _elsewhere(kinds.values()),
         "kinds": {name: _figures(kinds[name]) for name in sorted(kinds)},
     }
+    words, words_of_pairs = (_words(notes, name) for name in ("words", "words_of_pairs"))
+    drawn = selection(
+        questions=found["questions"],
+        right=sum(kind["right"] for kind in kinds.values()),
+        pairs=found["pairs"],
+        pairs_of_right=found["audit"]["balanced"]["kept"],
+        words=words,
+        words_of_pairs=words_of_pairs,
+    )
+    return {**found, "selection": drawn, "tables": tables_of_mia_dpo(found)}
+
+
+def _words(notes: Sequence[Mapping[str, Any]], name: str) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for note in notes:
+        total.update(note.get(name, {}))  # shards of earlier versions did not count them
+    return total
 
 
 def _figures(kind: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.pictured_rows import LOSING_IMAGES, LOSING_MESSAGES
 from polyalign.datasets.pictures import decode
 from polyalign.modalities.generation import claim, reporting
+from polyalign.modalities.vlm.data_card import table_of_losers
 from polyalign.modalities.vlm.negative_config import NegativesConfig
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def make_pairs(
             store.write_shard(place, [_scored(row) for row in rows], judges=[JUDGE])
             report(len(parts[place]))
     notes = [json.loads(_note(folder, place).read_text(encoding="utf-8")) for place in range(len(parts))]
-    found = {"questions": len(maker), "pairs": len(store), **maker.summary(notes)}
+    found = {"prompts": len(maker), "questions": len(maker), "pairs": len(store), **maker.summary(notes)}
     atomic_write(folder / "summary.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(maker.lines(found)), file=sys.stderr, flush=True)
     if not len(store):
@@ -146,6 +147,7 @@ def with_losers(given: Path, folder: Path, negatives: NegativesConfig, *, seed: 
     note, wanted = folder / LOSERS, json.dumps(inputs, indent=1) + "\n"
     if not note.is_file() or note.read_text(encoding="utf-8") != wanted:
         store.clear()
+    remove_unfinished(folder)
     atomic_write(note, wanted)
     with ProgressLine("making what loses (pairs)", total=len(rows)) as line:
         for place in range(math.ceil(len(rows) / LOSERS_PER_SHARD)):
@@ -158,6 +160,15 @@ def with_losers(given: Path, folder: Path, negatives: NegativesConfig, *, seed: 
     for file in given.iterdir():
         if file.is_file() and file.name not in {path.name for path in source.shards()}:
             shutil.copyfile(file, folder / file.name)
+    _tell(folder / "summary.json", table_of_losers(negatives, len(rows)))
+
+
+def _tell(file: Path, table: Mapping[str, Any]) -> None:
+    """Add a table to a summary, where there is one."""
+    if file.is_file():
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary["tables"] = [*summary.get("tables", []), table]
+        atomic_write(file, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
 def _losing(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from polyalign.modalities.picture_contents import content_of
 from polyalign.modalities.vlm.adapter import VlmAdapter
 from polyalign.modalities.vlm.answer_similarity import AnswerSimilarity, similarity_of
 from polyalign.modalities.vlm.completion import Task, complete, filled_in, last_question, seed_for, with_question
+from polyalign.modalities.vlm.data_card import tables_of_re_align
 from polyalign.modalities.vlm.masking import Masked, aligned, masker_of
 from polyalign.modalities.vlm.re_align_config import ReAlignConfig
 from polyalign.modalities.vlm.retrieval import Encoder, Found, PictureIndex, encoder_of, index_of
@@ -196,7 +197,7 @@ class ReAlign:
         found["gaps_of_a_pair"] = sum(note["gaps"] for note in notes) / max(1, found["kept"])
         for name in ("similarity", "encoder"):
             found[name] = next((note[name] for note in notes), None)
-        return found
+        return {**found, "tables": tables_of_re_align(found)}
 
     @staticmethod
     def lines(summary: dict[str, Any]) -> list[str]:

@@ -201,6 +201,43 @@ def test_pairs_that_also_come_from_what_the_base_can_do_are_no_failures_only(tmp
     assert finding(diagnose(run_folder(tmp_path, pairs=own, samples=samples)), "pairs from failures only").holds is False
 
 
+def drawn(folder: Path, **changes: Any) -> Path:
+    """What made the pairs says how it drew them: from 400 questions of which the base got 330 right."""
+    words = {"pairs": 40, "distance": 0.33, "by_chance": 0.08, "most": [["no", 0.37, 0.09], ["is", 0.04, 0.12]]}
+    block = {"questions": 400, "right": 330, "pairs": 40, "pairs_of_right": 0, "words": words, **changes}
+    (folder / "pairs" / "summary.json").write_text(json.dumps({"prompts": 400, "pairs": 40, "selection": block}))
+    return folder
+
+
+def test_pairs_from_failures_only_are_known_by_the_makers_count(tmp_path: Path) -> None:
+    found = diagnose(drawn(run_folder(tmp_path, judged=(20, 60))))
+    assert (found.state, found.cause) == ("pairs drawn only from failures", "pairs from failures only")
+    assert "0% of the 40 pairs are of questions that the base got right, and it got 82% of all 400 right" in found.evidence
+    assert "'no' in 37% in the place of 9%" in found.evidence and "20 won, 60 lost" in found.evidence
+    assert "the margin ends at 0.4" in found.evidence and "balance: true" in found.findings[0].cure
+    assert [one.cause for one in found.findings][:2] == ["pairs from failures only", "selected answers"]
+    assert diagnose(drawn(tmp_path, right=40)).cause == "selected answers", "a base that masters nothing loses nothing"
+    assert diagnose(run_folder(drawn(tmp_path), judged=(60, 20))).state == "improved"
+
+
+def test_answers_that_are_far_from_the_datas_are_a_selection(tmp_path: Path) -> None:
+    found = diagnose(drawn(run_folder(tmp_path), pairs_of_right=10))
+    assert (found.state, found.cause) == ("selection bias", "selected answers")
+    near = {"pairs": 40, "distance": 0.21, "by_chance": 0.12, "most": [["no", 0.3, 0.2]]}
+    for words in (near, {**near, "distance": 0.06, "by_chance": 0.01}):
+        asked = diagnose(drawn(tmp_path, pairs_of_right=10, words=words))
+        assert asked.cause is None and finding(asked, "selected answers").holds is False
+    assert finding(diagnose(drawn(tmp_path, words=None)), "selected answers").holds is None
+
+
+@pytest.mark.parametrize("wrong", [{"questions": 0}, {"pairs_of_right": "many"}, {"words": 3}])
+def test_a_selection_of_another_shape_is_missing(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    found = diagnose(drawn(run_folder(tmp_path), **wrong))
+    assert finding(found, "selected answers").holds is None and any("selection is not how" in line for line in found.missing)
+    few = diagnose(drawn(tmp_path, pairs=19))
+    assert finding(few, "selected answers").holds is None and finding(few, "pairs from failures only").holds is False
+
+
 def test_rejected_sides_out_of_the_bases_reach_unless_it_wrote_them(tmp_path: Path) -> None:
     def far(done: float) -> dict[str, Any]:
         return {**sound(done), "logps_per_token/reference_rejected": -4.0, "logps_per_token/policy_rejected": -4.0 - 0.5 * done}
