@@ -24,6 +24,8 @@ from polyalign.evaluation.report.pictures import Album, Picture, decode, inside,
 from polyalign.evaluation.statistics import bootstrap_mean
 
 Item = Mapping[str, Any]
+ROUNDING = 1e-6
+"""A cell this close to being covered is covered."""
 LARGEST_FILE = 8 * 2**20
 STRONGEST = 99.0
 """The percentile of all cells of a question, of all models, that is drawn in the strongest colour."""
@@ -257,7 +259,7 @@ def _target(folder: Path, item: Item, shapes: Sequence[tuple[int, ...]]) -> list
             parts[image] = np.maximum(parts[image], down[:, None] * across[None, :])
     except (TypeError, KeyError, IndexError, ValueError, OSError):
         return None
-    return parts if parts and min(float(part.min()) for part in parts) < 1.0 else None
+    return parts if parts and min(float(part.min()) for part in parts) < 1.0 - ROUNDING else None
 
 
 def _overlap(cells: int, start: float, end: float) -> np.ndarray:

@@ -201,7 +201,7 @@ class EvaluateConfig(Section):
     """The first gives the verdict, the others are shown beside it."""
 
     attention: int = Field(default=12, ge=0)
-    """Questions about several pictures for which the report shows where base and aligned model look; 0 is none."""
+    """Questions for which the report shows where base and aligned model look, those about several pictures first; 0 is none."""
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> EvaluateConfig:

@@ -219,17 +219,18 @@ def write_side_by_side(
 def write_attention(
     recipe: VlmRecipe, run: RunFolder, outputs: Mapping[str, Sequence[str]], conditions: Sequence[Condition]
 ) -> None:
-    """``samples/attention``: for some questions about several pictures, first those whose answer changed, how the attention of
-    base and aligned model to the pictures is spread."""
+    """``samples/attention``: for some questions, those about several pictures first and of them those whose answer changed, how
+    the attention of base and aligned model to the pictures is spread."""
     from polyalign.evaluation.pictured import attention_file
     from polyalign.modalities.vlm.attention_maps import attention_maps
 
     def pictures(condition: Condition) -> int:
         return len((condition.get("layout") or {}).get("places") or condition.get("images") or ())
 
-    several = [index for index, one in enumerate(conditions) if pictures(one) > 1]
-    several.sort(key=lambda index: outputs["base"][index] == outputs["aligned"][index])  # changed answers first
-    shown = several[: recipe.evaluate.attention]
+    def last(index: int) -> tuple[bool, bool]:
+        return pictures(conditions[index]) < 2, outputs["base"][index] == outputs["aligned"][index]
+
+    shown = sorted((index for index, one in enumerate(conditions) if pictures(one)), key=last)[: recipe.evaluate.attention]
     section = recipe.pairs.multi_image
     layer = None if section is None else section.layer
     found: dict[int, dict[str, Any]] = {index: {} for index in shown}
