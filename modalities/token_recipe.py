@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from polyalign.core.config import Section
-from polyalign.core.objectives.table import TABLE
-from polyalign.core.recipe import Fraction
+from polyalign.core.objectives.table import DPO, TABLE, ObjectiveSpec
+from polyalign.core.recipe import (
+    BetaConfig,
+    Fraction,
+    JudgeConfig,
+    ReportConfig,
+    TrackingConfig,
+    TrainSettings,
+    named_as_folders,
+)
 
 BETA = {"value": 0.1, "convention": "nats"}
 """Beta of an objective whose own default is for squared errors: the usual value for language models."""
@@ -114,6 +122,94 @@ class SamplerConfig(Section):
 
     batch_size: int = Field(default=16, ge=1)
     """Answers sampled together."""
+
+
+class EvaluateConfig(Section):
+    """Base against aligned, on the same prompts and seeds."""
+
+    prompts: Section | None = None
+    """Prompts that did not take part in training. Null: a share of the prompts of the pairs is kept aside (see `held_out`)."""
+
+    held_out: Fraction = 0.1
+    """For pairs that are read, without prompts here: the share of pairs whose prompts are kept out of training for this."""
+
+    seeds_per_prompt: int = Field(default=1, ge=1)
+    """Answers to each prompt, each with its own seed."""
+
+    temperature: float | None = Field(default=None, ge=0.0)
+    """In the place of `sampler.temperature`; 0 is greedy, where a prompt's seeds all give the same answer."""
+
+    judges: tuple[JudgeConfig, ...] = Field(default=(), min_length=1)
+    """The first gives the verdict, the others are shown beside it."""
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> EvaluateConfig:
+        if self.temperature == 0.0 and self.seeds_per_prompt > 1:
+            raise ValueError("'temperature: 0' is greedy and gives every seed the same answer: set 'seeds_per_prompt: 1'")
+        return self
+
+
+class TokenRecipe(Section):
+    """What the recipes of language models have, of text alone or with pictures."""
+
+    modality: str
+    """This recipe's modality."""
+
+    seed: int = Field(default=0, ge=0)
+    """Every random choice of the run follows from it."""
+
+    run: str
+    """The run folder; `{seed}` in it becomes the seed."""
+
+    model: ModelConfig = ModelConfig()
+    """Which model, and what of it is trained."""
+
+    prepare: PrepareConfig = PrepareConfig()
+    """How pairs become tokens."""
+
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+    """How the likelihood of an answer is computed."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    """How answers are sampled."""
+
+    pairs: Section
+    """Where preference pairs come from."""
+
+    objective: ObjectiveSpec = DPO(beta=BetaConfig(value=0.1, convention="nats"))
+    """What is minimised; `polyalign explain objective` lists all. Without a beta of their own for tokens, objectives take 0.1
+    nats here."""
+
+    train: TrainSettings = TrainSettings()
+    """The training loop."""
+
+    arms: dict[str, ObjectiveSpec] = {}
+    """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`. An arm's
+    name is also its folder's: small letters, digits, - and _."""
+
+    evaluate: EvaluateConfig
+    """Base against aligned."""
+
+    report: ReportConfig = ReportConfig()
+    """What the report shows."""
+
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the figures go besides metrics.jsonl."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_of_tokens(cls, given: Any) -> Any:
+        return objectives_with_beta(given)
+
+    @field_validator("arms")
+    @classmethod
+    def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
+        return named_as_folders(arms)
+
+    @staticmethod
+    def objective_defaults(given: Mapping[str, Any]) -> Any:
+        """The mapping of an objective as these recipes take it; ``polyalign explain`` asks."""
+        return with_beta(given)
 
 
 def objectives_with_beta(given: Any) -> Any:

@@ -5,34 +5,20 @@ Nothing here imports transformers or loads a model, so that ``explain`` and ``--
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from polyalign.core.config import Section
-from polyalign.core.objectives.table import DPO, ObjectiveSpec
 from polyalign.core.recipe import (
-    BetaConfig,
-    Fraction,
     JudgeConfig,
     PairingConfig,
-    ReportConfig,
-    TrackingConfig,
-    TrainSettings,
-    named_as_folders,
 )
 from polyalign.core.recipe_loops import FastSlowConfig, GuideConfig, MarginsConfig, OnlineConfig
 from polyalign.datasets.formats.table import TEXT_SOURCES
+from polyalign.modalities import token_recipe
 from polyalign.modalities.recipe_sections import check_pairs, location_of
-from polyalign.modalities.token_recipe import (
-    LikelihoodConfig,
-    ModelConfig,
-    PrepareConfig,
-    SamplerConfig,
-    objectives_with_beta,
-    with_beta,
-)
+from polyalign.modalities.token_recipe import TokenRecipe
 
 IN_DISTRIBUTION = "in distribution"
 """The split of ``evaluate.rewards`` that is like the training pairs."""
@@ -174,71 +160,27 @@ class RewardsConfig(Section):
     shift`, and `in distribution`, which is by default the pairs that are kept aside (`evaluate.held_out`)."""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(token_recipe.EvaluateConfig):
     """Base against aligned, on the same prompts and seeds."""
 
     prompts: PromptsConfig | None = None
     """Prompts that did not take part in training. Null: a share of the user's own prompts is kept aside (see `held_out`)."""
 
-    held_out: Fraction = 0.1
-    """For pairs that are read, without prompts here: the share of pairs whose prompts are kept out of training for this."""
-
-    seeds_per_prompt: int = Field(default=1, ge=1)
-    """Answers to each prompt, each with its own seed."""
-
-    temperature: float | None = Field(default=None, ge=0.0)
-    """In the place of `sampler.temperature`; 0 is greedy, where a prompt's seeds all give the same answer."""
-
-    judges: tuple[JudgeConfig, ...] = Field(default=(), min_length=1)
-    """The first gives the verdict, the others are shown beside it."""
-
     rewards: RewardsConfig | None = None
     """Compare explicit rewards with the implicit one; evaluation.json has it under `rewards`. Null: do not."""
 
-    @model_validator(mode="after")
-    def _seeds_differ(self) -> EvaluateConfig:
-        if self.temperature == 0.0 and self.seeds_per_prompt > 1:
-            raise ValueError("'temperature: 0' is greedy and gives every seed the same answer: set 'seeds_per_prompt: 1'")
-        return self
 
-
-class TextRecipe(Section):
+class TextRecipe(TokenRecipe):
     """One run of the text modality."""
 
     modality: Literal["text"]
     """This recipe's modality."""
 
-    seed: int = Field(default=0, ge=0)
-    """Every random choice of the run follows from it."""
-
     run: str = "runs/text"
     """The run folder; `{seed}` in it becomes the seed."""
 
-    model: ModelConfig = ModelConfig()
-    """Which model, and what of it is trained."""
-
-    prepare: PrepareConfig = PrepareConfig()
-    """How pairs become tokens."""
-
-    likelihood: LikelihoodConfig = LikelihoodConfig()
-    """How the likelihood of an answer is computed."""
-
-    sampler: SamplerConfig = SamplerConfig()
-    """How answers are sampled."""
-
     pairs: PairsConfig
     """Where preference pairs come from."""
-
-    objective: ObjectiveSpec = DPO(beta=BetaConfig(value=0.1, convention="nats"))
-    """What is minimised; `polyalign explain objective` lists all. Without a beta of their own for tokens, objectives take 0.1
-    nats here."""
-
-    train: TrainSettings = TrainSettings()
-    """The training loop."""
-
-    arms: dict[str, ObjectiveSpec] = {}
-    """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`. An arm's
-    name is also its folder's: small letters, digits, - and _."""
 
     online: OnlineConfig | None = None
     """Train in rounds on samples of the policy (online DPO, online IPO, IPO-MD, iterated DPO, listwise ADPO). Null: train on
@@ -255,24 +197,3 @@ class TextRecipe(Section):
 
     evaluate: EvaluateConfig
     """Base against aligned."""
-
-    report: ReportConfig = ReportConfig()
-    """What the report shows."""
-
-    tracking: TrackingConfig = TrackingConfig()
-    """Where the figures go besides metrics.jsonl."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _beta_of_tokens(cls, given: Any) -> Any:
-        return objectives_with_beta(given)
-
-    @field_validator("arms")
-    @classmethod
-    def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
-        return named_as_folders(arms)
-
-    @staticmethod
-    def objective_defaults(given: Mapping[str, Any]) -> Any:
-        """The mapping of an objective as these recipes take it; ``polyalign explain`` asks."""
-        return with_beta(given)

@@ -8,24 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from polyalign.core.config import Section
-from polyalign.core.objectives.table import DPO, ObjectiveSpec
 from polyalign.core.recipe import (
-    BetaConfig,
-    Fraction,
     JudgeConfig,
     PairingConfig,
-    ReportConfig,
-    TrackingConfig,
-    TrainSettings,
-    named_as_folders,
 )
 from polyalign.datasets.formats.table import ANSWER_SOURCES
 from polyalign.modalities import token_recipe
 from polyalign.modalities.recipe_sections import check_pairs, location_of
-from polyalign.modalities.token_recipe import LikelihoodConfig, SamplerConfig, objectives_with_beta, with_beta
+from polyalign.modalities.token_recipe import TokenRecipe
 from polyalign.modalities.vlm.mia_dpo_config import MultiImageConfig
 from polyalign.modalities.vlm.negative_config import NegativesConfig
 from polyalign.modalities.vlm.re_align_config import ReAlignConfig
@@ -182,42 +175,22 @@ class PairsConfig(Section):
         return self.model_dump(mode="json", exclude={"path", "store"})
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(token_recipe.EvaluateConfig):
     """Base against aligned, on the same questions and seeds."""
 
     prompts: PromptsConfig | None = None
-    """Questions that did not take part in training. Null: a share of the pairs' questions is kept aside (see `held_out`)."""
-
-    held_out: Fraction = 0.1
-    """For pairs that are read, without prompts here: the share of pairs whose questions are kept out of training for this."""
-
-    seeds_per_prompt: int = Field(default=1, ge=1)
-    """Answers to each question, each with its own seed."""
-
-    temperature: float | None = Field(default=None, ge=0.0)
-    """In the place of `sampler.temperature`; 0 is greedy, where a question's seeds all give the same answer."""
-
-    judges: tuple[JudgeConfig, ...] = Field(default=(), min_length=1)
-    """The first gives the verdict, the others are shown beside it."""
+    """Questions that did not take part in training. Null: a share of the pairs is kept aside with their pictures (see
+    `held_out`)."""
 
     attention: int = Field(default=12, ge=0)
     """Questions for which the report shows where base and aligned model look, those about several pictures first; 0 is none."""
 
-    @model_validator(mode="after")
-    def _seeds_differ(self) -> EvaluateConfig:
-        if self.temperature == 0.0 and self.seeds_per_prompt > 1:
-            raise ValueError("'temperature: 0' is greedy and gives every seed the same answer: set 'seeds_per_prompt: 1'")
-        return self
 
-
-class VlmRecipe(Section):
+class VlmRecipe(TokenRecipe):
     """One run of the vision-language modality."""
 
     modality: Literal["vlm"]
     """This recipe's modality."""
-
-    seed: int = Field(default=0, ge=0)
-    """Every random choice of the run follows from it."""
 
     run: str = "runs/vlm"
     """The run folder; `{seed}` in it becomes the seed."""
@@ -228,46 +201,8 @@ class VlmRecipe(Section):
     prepare: PrepareConfig = PrepareConfig()
     """How pairs become tokens."""
 
-    likelihood: LikelihoodConfig = LikelihoodConfig()
-    """How the likelihood of an answer is computed."""
-
-    sampler: SamplerConfig = SamplerConfig()
-    """How answers are sampled."""
-
     pairs: PairsConfig
     """Where preference pairs come from."""
 
-    objective: ObjectiveSpec = DPO(beta=BetaConfig(value=0.1, convention="nats"))
-    """What is minimised; `polyalign explain objective` lists all. Without a beta of their own for tokens, objectives take 0.1
-    nats here."""
-
-    train: TrainSettings = TrainSettings()
-    """The training loop."""
-
-    arms: dict[str, ObjectiveSpec] = {}
-    """Further objectives trained on the same pairs at the same cost and evaluated beside, such as `sft: {name: sft}`. An arm's
-    name is also its folder's: small letters, digits, - and _."""
-
     evaluate: EvaluateConfig
     """Base against aligned."""
-
-    report: ReportConfig = ReportConfig()
-    """What the report shows."""
-
-    tracking: TrackingConfig = TrackingConfig()
-    """Where the figures go besides metrics.jsonl."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _beta_of_tokens(cls, given: Any) -> Any:
-        return objectives_with_beta(given)
-
-    @field_validator("arms")
-    @classmethod
-    def _named_as_folders(cls, arms: dict[str, ObjectiveSpec]) -> dict[str, ObjectiveSpec]:
-        return named_as_folders(arms)
-
-    @staticmethod
-    def objective_defaults(given: Mapping[str, Any]) -> Any:
-        """The mapping of an objective as these recipes take it; ``polyalign explain`` asks."""
-        return with_beta(given)
