@@ -46,6 +46,7 @@ PICTURE_JUDGES: Mapping[str, str] = {
 TEXT_JUDGES: Mapping[str, str] = {
     "clinical": "polyalign.datasets.worlds.clinical:ClinicalJudge",
     "scenes": "polyalign.datasets.worlds.scenes_questions:ScenesJudge",
+    "objects": "polyalign.evaluation.vlm.objects_judge:ObjectsJudge",
     "text_rules": "polyalign.evaluation.text_judges.rules:RulesJudge",
     "reward_model": "polyalign.evaluation.text_judges.reward_model:RewardModelJudge",
     "implicit_reward_text": "polyalign.evaluation.text_judges.implicit_reward:ImplicitRewardTextJudge",

@@ -26,7 +26,7 @@ import importlib.util
 import io
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -302,13 +302,14 @@ def _write(folder: Path, files: dict[Path, bytes], styles: dict[str, str]) -> No
     strangers = [path for place in sorted(places) for path in sorted(place.glob("*")) if path not in files]
     if strangers:
         raise UserError(f"{folder}: holds other files already, such as {strangers[0]}. Take an empty folder")
-    files[folder / "SOURCES.md"] = _sources(styles)
+    files[folder / "SOURCES.md"] = sources(styles)
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
 
 
-def _sources(styles: dict[str, str]) -> bytes:
+def sources(styles: Mapping[str, str]) -> bytes:
+    """``SOURCES.md``: whom the drawings of each part are credited to, by the style's name."""
     lines = [f"- {part}: {CREDITS.get(name, Path(name).name)}" for part, name in styles.items()]
     return "\n".join(["Drawings, scaled and laid on white:", "", *lines, ""]).encode()
 

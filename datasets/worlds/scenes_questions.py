@@ -29,14 +29,16 @@ from PIL import Image
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.pictures import decode
-from polyalign.datasets.worlds.scenes import COLOURS, OBJECTS, Scene, see
+from polyalign.datasets.worlds import scene_words
+from polyalign.datasets.worlds.scene_words import caption, existence, listed
+from polyalign.datasets.worlds.scenes import COLOURS, MOST, OBJECTS, Scene, see
 from polyalign.datasets.worlds.shapes import SHAPES
 
 TASKS = ("what", "colour", "shape", "exists", "count", "alt")
 ABOUT_ONE_OF_SEVERAL = TASKS[:-1]
 """Tasks that may be asked about one of several pictures."""
 
-NUMBERS = ("no", "one", "two", "three")
+NUMBERS = scene_words.NUMBERS[: MOST + 1]
 ALT_PROMPT = "Given an image and context, generate alt-text for the image.Context:\n"
 """As MCM-DPO's data have it, the missing space included."""
 
@@ -85,9 +87,9 @@ class Question:
         """The right answer; None where the question has none, since two objects or none are meant."""
         names = scene.names
         if self.task == "what":
-            return _caption(names)
+            return caption(names)
         if self.task == "exists":
-            return _verdict(self.about, self.about in names)
+            return existence(self.about, self.about in names)
         if self.task == "count":
             return _counted(self.about, sum(self.about in ("objects", name.split()[1]) for name in names))
         meant = [name for name in names if self.about in name.split()]
@@ -143,12 +145,12 @@ def noisy_answer(question: Question, scene: Scene, draws: random.Random) -> str 
     """The answer as the training data have it: captions wrong by `ERRORS`, existence by `FALSE_YES`."""
     names = list(scene.names)
     if question.task == "exists" and question.about in alike(names) and draws.random() < FALSE_YES:
-        return _verdict(question.about, True)
+        return existence(question.about, True)
     if question.task not in ("what", "alt"):
         return question.answer(scene)
     mistake = draws.choices([*ERRORS, None], [*ERRORS.values(), 1 - sum(ERRORS.values())])[0]
     if question.task == "what":
-        return _caption(_mistaken(names, mistake, draws))
+        return caption(_mistaken(names, mistake, draws))
     names.sort(key=lambda name: question.about not in name.split())  # what the post is about stays
     changed = _mistaken(names, mistake, draws)
     return None if question.answer(scene) is None else _alt(changed[0], changed)
@@ -175,28 +177,13 @@ def _plural(shape: str) -> str:
     return next(plural for plural, one in _PLURALS.items() if one == shape)
 
 
-def _listed(names: Sequence[str]) -> str:
-    each = [f"a {name}" for name in names]
-    return each[0] if len(each) == 1 else f"{', '.join(each[:-1])} and {each[-1]}"
-
-
-def _caption(names: Sequence[str]) -> str:
-    return f"There is {_listed(names)}."
-
-
 def _alt(first: str, names: Sequence[str]) -> str:
     others = [name for name in names if name != first]
-    return f"A {first} beside {_listed(others)}." if others else f"A {first}."
-
-
-def _verdict(name: str, there: bool) -> str:
-    return f"Yes, there is a {name}." if there else f"No, there is no {name}."
+    return f"A {first} beside {listed(others)}." if others else f"A {first}."
 
 
 def _counted(about: str, number: int) -> str:
-    one = "object" if about == "objects" else about
-    several = about if about == "objects" else _plural(about)
-    return f"There is one {one}." if number == 1 else f"There are {NUMBERS[number]} {several}."
+    return scene_words.counted(number) if about == "objects" else scene_words.counted(number, about, _plural(about))
 
 
 # --- the judge ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ is wrong, and one picked by chance of n is right in 1 of n.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from polyalign.datasets.multi_image.named import finished, lowered
 from polyalign.datasets.multi_image.rows import Arrangement
 from polyalign.datasets.multi_image.rows import asked as asking
 from polyalign.datasets.multi_image.sources import FILE
-from polyalign.datasets.worlds import scenes
+from polyalign.datasets.worlds import scene_files, scenes
 from polyalign.datasets.worlds.scenes import Scene
 from polyalign.datasets.worlds.scenes_questions import ABOUT_ONE_OF_SEVERAL, TASKS, Question, alike, ask
 
@@ -138,7 +137,7 @@ def write_questions(
                 answer = question.answer(scene)
                 assert answer is not None
                 lines.append({"image": name, "question": question.text(draws), "answer": answer})
-    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scene_files.write_lines(folder / FILE, lines)
     return folder
 
 
@@ -158,9 +157,8 @@ def pope(split: str, pictures: int, seed: int = 0) -> dict[str, list[dict[str, A
             absent = (
                 alike(scene.names) if kind == "adversarial" else [name for name in scenes.OBJECTS if name not in scene.names]
             )
-            for name, label in ((draws.choice(scene.names), "yes"), (draws.choice(absent), "no")):
-                text = Question("exists", name).text()
-                lines.append({"question_id": len(lines) + 1, "image": image, "text": text, "label": label, "picture": picture})
+            there, missing = (Question("exists", name).text() for name in (draws.choice(scene.names), draws.choice(absent)))
+            lines += scene_files.pope_pair(len(lines) + 1, image, picture, there, missing)
     return found
 
 
@@ -176,24 +174,8 @@ def captions(split: str, pictures: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_benchmarks(folder: str | Path, split: str, pictures: int, seed: int = 0) -> Path:
-    """Write ``pope/`` (``scenes_pope_random.json`` and the like, JSON lines) and ``chair/`` (``objects.json``,
-    ``synonyms.txt`` with every object, ``captions.jsonl``) with their pictures, as ``evaluation/vlm`` reads them. Returns the
-    folder."""
-    folder = Path(folder)
-    for part in ("pope", "chair"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for kind, lines in pope(split, pictures, seed).items():
-        _write_lines(folder / "pope" / f"scenes_pope_{kind}.json", lines)
-    described = captions(split, pictures, seed)
-    _write_lines(folder / "chair" / "captions.jsonl", described)
-    (folder / "chair" / "objects.json").write_text(json.dumps({one["image"]: one["objects"] for one in described}, indent=1))
-    (folder / "chair" / "synonyms.txt").write_text("".join(f"{name}\n" for name in scenes.OBJECTS))
-    return folder
-
-
-def _write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, the pictures beside them."""
-    for line in lines:
-        line["picture"].save(file.parent / line["image"])
-    kept = ({key: value for key, value in line.items() if key != "picture"} for line in lines)
-    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    """Write ``pope/`` (``scenes_pope_random.json`` and the like) and ``chair/`` with their pictures; every object has one name.
+    See :func:`polyalign.datasets.worlds.scene_files.write_benchmarks`. Returns the folder."""
+    synonyms = [(name,) for name in scenes.OBJECTS]
+    made = pope(split, pictures, seed), captions(split, pictures, seed)
+    return scene_files.write_benchmarks(folder, "scenes", *made, synonyms)

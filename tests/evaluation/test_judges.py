@@ -29,6 +29,7 @@ NEEDED = {
     "mixture": "judges",
     "caption_bridge": "pictures",
     "http": "url",
+    "objects": "synonyms",
     "text_rules": "rules",
     "reward_model": "model",
     "implicit_reward_text": "policy",
