@@ -16,7 +16,9 @@ before the words of the first turn. Other columns that JSON can hold stay in the
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,13 @@ from polyalign.datasets.formats.text_rows import RowFiles, data_files, pair_of_r
 from polyalign.datasets.multi_image.rows import IMAGE, count_images, text
 from polyalign.datasets.pairs import PairStore
 from polyalign.datasets.pictured_rows import LOSING_IMAGES, LOSING_MESSAGES
+from polyalign.datasets.pictures import content_digest
 from polyalign.datasets.visual_prompts import inside, picture_of, turns_of
 
 MARKER = "<image>"
+PEEKED = 64
+"""Rows among which at least one has a picture."""
+
 PICTURES = ("images", "image")
 LOSERS = (LOSING_IMAGES, "rejected_image", "retrieved_image")
 IN_TEXT = ("question", "chosen", "rejected")
@@ -87,7 +93,40 @@ class VisualRows(RowFiles):
     def _read(self, pair_id: str, origin: dict[str, Any], given: Any) -> Outcome:
         row = text_lines.as_object(given) if self.lines else given
         condition, chosen, rejected, losing = pair_of_visual_row(row, self.folder)
-        return Outcome([Pair(pair_id, condition, chosen, rejected, origin, losing=losing)])
+        counts = {} if condition["images"] else {"without_picture": 1}
+        return Outcome([Pair(pair_id, condition, chosen, rejected, origin, losing=losing)], counts=counts)
+
+    def problems(self) -> list[str]:
+        """That the first rows have no pictures at all, as where their column is called something else."""
+        first = [self._columns(given) for _, _, given in islice(rows_of(self.lines, self.files, 0), PEEKED)]
+        if not first or any(_seen(row) for row in first):
+            return []
+        found = ", ".join(dict.fromkeys(name for row in first for name in row))
+        return [
+            f"none of the first {len(first)} row(s) has a picture: pictures stand in a column {' or '.join(PICTURES)}, and the "
+            f"columns found are {found or 'none'}. Texts alone are for a recipe of the modality text"
+        ]
+
+    def remarks(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """Rows of text alone, which are read, and counted."""
+        if counts["without_picture"]:
+            said = (
+                f"{self.path}: {counts['without_picture']} of {counts['rows']} rows have no picture and are read as text alone"
+            )
+            print(said, file=sys.stderr, flush=True)
+        return {"without_picture": counts["without_picture"]}
+
+    def _columns(self, given: Any) -> dict[str, Any]:
+        """A row's columns that say something; nothing for a bad row, which is told when it is read."""
+        try:
+            row = text_lines.as_object(given) if self.lines else given
+        except ValueError:
+            return {}
+        return {name: value for name, value in row.items() if value is not None}
+
+
+def _seen(row: Mapping[str, Any]) -> bool:
+    return any(row.get(name) not in (None, []) for name in PICTURES)
 
 
 def pair_of_visual_row(row: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], str, str, dict[str, Any]]:
@@ -112,6 +151,8 @@ def pair_of_visual_row(row: Mapping[str, Any], folder: Path) -> tuple[dict[str, 
     if losing_images is not None:
         if len(losing_images) != len(images or ()):
             raise ValueError(f"{len(losing_images)} losing image(s), and {len(images or ())} image(s): each loses to one")
+        if all(content_digest(one) == content_digest(other) for one, other in zip(losing_images, images or [], strict=True)):
+            raise ValueError("the losing image is the image itself, so nothing is preferred")
         losing[LOSING_IMAGES] = losing_images
     if losing_messages is not None:
         losing[LOSING_MESSAGES] = turns_of(losing_messages)

@@ -44,6 +44,7 @@ from polyalign.modalities.vlm.settings import VlmModelSettings, losing_in
 
 Progress = Callable[[int, int], None]
 OPENING = Opening("AutoModelForImageTextToText", "processor", "AutoProcessor", "image-text-to-text")
+MADE_BY = {"rejected_images": "{image: {kind: diffused}}", "rejected_messages": "{context: true}"}
 LOSING_COLUMNS = {"image": "rejected_images", "context": "rejected_messages"}
 
 
@@ -214,8 +215,8 @@ class VlmAdapter:
         """A condition with its images or messages replaced by the losing ones."""
         if row.get(column) is None or not isinstance(condition, Mapping):
             raise UserError(
-                f"pair {row.get('pair_id')}: there is no {column}, which the branch {branch} needs. Leave the branch out, or "
-                "give the column"
+                f"pair {row.get('pair_id')}: there is no {column}, which the branch {branch} needs. Have it made "
+                f"(pairs.negatives: {MADE_BY[column]}), give the column, or leave the branch out"
             )
         return {**condition, column.removeprefix("rejected_"): row[column]}
 

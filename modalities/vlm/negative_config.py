@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,13 +24,13 @@ class ImageNegativeConfig(Section):
     step: int = Field(default=700, ge=0, lt=STEPS)
     """Of diffusion, 0 to 999. 700 is MCM-DPO's, 500 CHiP's."""
 
-    crop: tuple[int, int] = (320, 240)
-    """Largest width and height of a crop. MCM-DPO."""
+    crop: tuple[Annotated[int, Field(ge=2)], Annotated[int, Field(ge=2)]] = (320, 240)
+    """Largest width and height of a crop. MCM-DPO; pictures have to be larger, so give `area` for small ones."""
 
     area: float | None = Field(default=None, gt=0.0, le=1.0)
     """Instead of ``crop``: a crop in the picture's proportions with up to this part of its area. 0.2 is mDPO's."""
 
-    degrees: tuple[float, float] = (10.0, 80.0)
+    degrees: tuple[Annotated[float, Field(gt=0.0, lt=360.0)], Annotated[float, Field(gt=0.0, lt=360.0)]] = (10.0, 80.0)
     """Least and largest angle of a rotation. MCM-DPO."""
 
     mean: tuple[float, float, float] = CLIP_MEAN

@@ -78,7 +78,8 @@ def diffused_picture(picture: Image.Image, config: ImageNegativeConfig, *, seed:
 
 
 def cropped(picture: Image.Image, config: ImageNegativeConfig, draws: np.random.Generator) -> Image.Image:
-    """A part of the picture, from anywhere in it; a picture that is smaller than the crop loses nothing."""
+    """A part of the picture, from anywhere in it; a picture that is smaller than the crop loses nothing, which
+    :func:`loser_of` refuses."""
     if config.area is None:
         width, height = (min(full, most) for full, most in zip(picture.size, config.crop, strict=True))
     else:
@@ -177,11 +178,27 @@ def loser_of(rows: Sequence[Row], index: int, negatives: NegativesConfig, *, see
     check_row(row, where)
     if negatives.image is not None:
         row["rejected_images"] = _losing_images(rows, index, row, negatives.image, seed, negatives.compat)
+        _refuse_equal(row["condition"]["images"], row["rejected_images"], negatives.image, where)
     if negatives.context:
         other = rows[_other(rows, index, seed, "context", negatives.compat, _with_other_words(_words(row)))]
         row["rejected_messages"] = context_negative(row["condition"], other["condition"])
     check_row(row, where)
     return row
+
+
+def _refuse_equal(
+    images: Sequence[Image.Image], losing: Sequence[Image.Image], config: ImageNegativeConfig, where: str
+) -> None:
+    """Raises UserError where nothing was taken from any picture, so that the same would win and lose."""
+    if any(fingerprint(one) != fingerprint(other) for one, other in zip(images, losing, strict=True)):
+        return
+    width, height = images[0].size
+    cure = {
+        "cropped": f"it is {width} x {height}, not larger than the crop, {config.crop[0]} x {config.crop[1]}. Set "
+        "pairs.negatives.image.area, the largest part that is kept (0.2 is mDPO's)",
+        "blanked": "it has that one colour already. Leave the pair out, or take kind: diffused",
+    }.get(config.kind, "it looks the same afterwards. Leave the pair out, or take kind: diffused")
+    raise UserError(f"{where}: the losing picture ({config.kind}) is the picture itself: {cure}")
 
 
 def _with_other_words(words: str) -> Callable[[Row], bool]:

@@ -174,3 +174,18 @@ def test_questions_are_read_from_lines(folder):
     assert second["images"] == [] and second["prompt"] == "Hello"
     with pytest.raises(UserError, match=r"1 broken entry:\n.*line 1: 1 place\(s\) for images in the messages, and 0"):
         load_visual_prompts(lines(folder, {"messages": [said("user", [IMAGE, words("q")])]}, name="q.jsonl"))
+
+
+def test_rows_without_any_picture_are_refused_and_some_are_counted(folder, capsys):
+    plain = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(UserError, match=r"none of the first 2 row\(s\) has a picture: .*columns found are prompt, chosen, rej"):
+        read(folder, {**plain, "img": "0.png"}, {**plain, "images": []})
+    assert len(read(folder, plain, {**plain, "image": "0.png"})) == 2
+    assert "1 of 2 rows have no picture and are read as text alone" in capsys.readouterr().err
+    assert json.loads((folder / "store" / "summary.json").read_text())["without_picture"] == 1
+
+
+def test_a_losing_image_is_another_one(folder):
+    row = {"image": "0.png", "rejected_images": ["0.png"], "prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(UserError, match="line 1: the losing image is the image itself"):
+        read(folder, row)

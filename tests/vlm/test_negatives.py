@@ -200,3 +200,20 @@ class TestNoiseForSampling:
     def test_sequences_stay_clean(self, colours: Questions) -> None:
         condition = sequence.build(colours, seed=0, counts={2: 1})[0]["condition"]
         assert noised_for_sampling(condition, seed=0, key="a") == condition["images"]
+
+
+def test_a_picture_of_which_nothing_is_taken_is_refused() -> None:
+    rows = [
+        {"pair_id": f"p{n}", "condition": {"messages": [asked(n)], "images": [gradient(100, 80)]}, "chosen": "a"}
+        for n in (0, 1)
+    ]
+    with pytest.raises(UserError, match=r"p0: the losing picture \(cropped\) .* it is 100 x 80, .*negatives.image.area"):
+        list(with_negatives(rows, seed=0, image=ImageNegativeConfig(kind="cropped")))
+    (first, _) = with_negatives(rows, seed=0, image=ImageNegativeConfig(kind="cropped", area=0.2))
+    assert first["rejected_images"][0].size < (100, 80)
+    with pytest.raises(ValueError, match="degrees"):
+        ImageNegativeConfig(kind="rotated", degrees=(0.0, 0.0))
+
+
+def asked(number: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"What is number {number}?"}]}
