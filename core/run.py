@@ -71,13 +71,23 @@ class RunFolder:
         path: created when it is missing.
         planning: write nothing; no stage is todo, and ``planned`` collects how each of them stands. ``--dry-run`` uses this.
         tell: receives the one-line messages for the user.
+        recipe: written as ``config.yaml`` when a stage begins work, so that the file never names settings that nothing was
+            made with.
 
     In a run of several processes only rank 0 writes; the others take the same decisions from what they read.
     """
 
-    def __init__(self, path: str | Path, *, planning: bool = False, tell: Callable[[str], None] = _tell):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        planning: bool = False,
+        tell: Callable[[str], None] = _tell,
+        recipe: BaseModel | None = None,
+    ):
         self.path = Path(path)
         self.planning = planning
+        self.recipe = recipe
         self.planned: dict[str, Stage] = {}
         self._writes = not planning and os.environ.get("RANK", "0") == "0"
         self._tell = tell if self._writes else lambda message: None
@@ -182,6 +192,8 @@ class RunFolder:
         if not stage.todo:
             yield stage
             return
+        if self.recipe is not None:
+            self.write_config(self.recipe)
         self.write_environment()
         before = self.records().get(name, {}) if stage.status == "started" else {}
         record = {"finished": False, "inputs_hash": digest, "inputs": wanted, "after": upstream}

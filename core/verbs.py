@@ -14,7 +14,6 @@ import difflib
 import importlib
 import inspect
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -152,11 +151,7 @@ def align(_verb: str, options: argparse.Namespace) -> int:
     if options.dry_run:
         return _show_plan(job, names)
 
-    def work(run: RunFolder) -> None:
-        for name in names:
-            getattr(job.module, name)(job.recipe, run)
-
-    return _execute(job, work)
+    return _execute(job, names)
 
 
 def one_stage(verb: str, options: argparse.Namespace) -> int:
@@ -169,7 +164,7 @@ def one_stage(verb: str, options: argparse.Namespace) -> int:
     if verb in ALWAYS:
         return _of_what_is_there(job, verb)
     _refuse_stale_inputs(job, verb, plan(job, known))
-    return _execute(job, lambda run: getattr(job.module, verb)(job.recipe, run))
+    return _execute(job, [verb])
 
 
 def export(_verb: str, options: argparse.Namespace) -> int:
@@ -218,11 +213,18 @@ def _of_what_is_there(job: Job, verb: str) -> int:
     return 0
 
 
-def _execute(job: Job, work: Callable[[RunFolder], None]) -> int:
-    run = RunFolder(job.folder)
+def _execute(job: Job, names: list[str]) -> int:
+    """Do the work of the verbs ``names``. A run that is there keeps its ``config.yaml`` until one of them begins work, or all
+    have found theirs done: what is refused before that leaves the run as it was. A new folder has it at once, and is a run."""
+    run = RunFolder(job.folder, recipe=job.recipe)
     with run.lock():
+        if not (job.folder / "config.yaml").is_file():
+            run.write_config(job.recipe)
+        for name in names:
+            if name in ALWAYS:
+                run.write_config(job.recipe)
+            getattr(job.module, name)(job.recipe, run)
         run.write_config(job.recipe)
-        work(run)
     print(f"run folder: {job.folder}")
     return 0
 

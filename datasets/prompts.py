@@ -32,7 +32,15 @@ def load_prompts(path: str | Path, *, limit: int | None = None) -> list[Conditio
     Raises:
         UserError: no such file, another kind of file, or broken entries; up to 20 are listed with their line or row.
     """
-    path = Path(path)
+    return [condition for _, condition in _placed(Path(path), limit)]
+
+
+def places(path: str | Path, *, limit: int | None = None) -> list[str]:
+    """Where each of the prompts of :func:`load_prompts` stands: the file and its line, row or entry."""
+    return [place for place, _ in _placed(Path(path), limit)]
+
+
+def _placed(path: Path, limit: int | None) -> list[tuple[str, Condition]]:
     if path.is_dir():
         return _folder(path, limit)
     if not path.is_file():
@@ -41,13 +49,13 @@ def load_prompts(path: str | Path, *, limit: int | None = None) -> list[Conditio
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a prompts file ends in {', '.join(readers)}, found {path.suffix or 'no ending'!r}")
-    conditions: list[Condition] = []
+    conditions: list[tuple[str, Condition]] = []
     problems: list[str] = []
     for place, entry in reader(path):
         if limit is not None and len(conditions) == limit:
             break
         try:
-            conditions.append(as_condition(entry))
+            conditions.append((f"{path.name} {place}", as_condition(entry)))
         except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:
@@ -142,13 +150,12 @@ def _in_turn(lists: Iterable[list[tuple[str, Any]]]) -> Iterator[tuple[str, Any]
         yield from (one for one in row if one is not None)
 
 
-def _folder(path: Path, limit: int | None) -> list[Condition]:
+def _folder(path: Path, limit: int | None) -> list[tuple[str, Condition]]:
     """All styles of a benchmark, a .json for each."""
     files = sorted(path.glob("*.json"))
     if not files:
         raise UserError(f"{path}: a folder of prompts has a .json file for each style, and there is none in it")
-    lists = [[("", condition) for condition in load_prompts(file)] for file in files]
-    return [condition for _, condition in _in_turn(lists)][:limit]
+    return list(_in_turn(_placed(file, None) for file in files))[:limit]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,22 @@ def load_visual_prompts(path: str | Path, *, limit: int | None = None) -> list[d
         except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:
-        raise UserError(f"{file}: {len(problems)} broken {'entry' if len(problems) == 1 else 'entries'}:\n{listed(problems)}")
+        broken = f"{len(problems)} broken {'entry' if len(problems) == 1 else 'entries'}"
+        raise UserError(f"{file}: {broken}:\n{listed(problems)}\nMend them, or take them out of the file")
     if not found:
         raise UserError(f"{file}: no questions in this file. It needs at least one")
     return found
 
 
+def places(path: str | Path, *, limit: int | None = None) -> list[str]:
+    """Where each of the questions of :func:`load_visual_prompts` stands: the file and its line or row."""
+    return [place for place, _ in islice(_entries(Path(path)), limit)]
+
+
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".parquet":
         for _, row, stored in parquet_files.rows({file.name: file}, 0):
-            yield f"row {row}", stored
+            yield f"{file.name} row {row}", stored
         return
     for place, _, given in text_lines.objects(file, 0):
         yield place, given

@@ -116,17 +116,22 @@ def names() -> list[str]:
     return [*JUDGES, *sorted(set(_installed()) - set(JUDGES))]
 
 
-def build(spec: JudgeSpec) -> Judge:
+def build(spec: JudgeSpec, outputs: str | None = None) -> Judge:
     """The judge a recipe names, made with its options as keyword arguments. ``weight`` is :func:`panel`'s business.
+
+    A class may have ``EXAMPLE``, options as a recipe writes them, for the message where they do not fit.
+
+    Args:
+        outputs: the kind at hand, whose judges are named first where this one is unknown.
 
     Raises:
         UserError: no judge of that name, it does not import, it refuses the options, or what it makes is no judge.
     """
-    maker = _maker(spec.name)
+    maker = _maker(spec.name, outputs)
     try:
         judge = maker(**dict(spec.options))
     except TypeError as error:
-        raise UserError(f"the judge '{spec.name}' cannot be made with the options {dict(spec.options)}: {error}") from error
+        raise UserError(_refused_options(spec, maker, error)) from error
     # Looked for without asking: a version is often a hash of weights, which are read, or fetched, only when they are needed.
     absent = [part for part in ("name", "version", "score") if inspect.getattr_static(judge, part, ABSENT) is ABSENT]
     if absent:
@@ -221,19 +226,46 @@ def checked_scores(
     return scores
 
 
-def _maker(name: str) -> Any:
+def _refused_options(spec: JudgeSpec, maker: Any, error: TypeError) -> str:
+    """Which options a judge lacks, or does not have; of any other ``TypeError`` what it says."""
+    parameters = inspect.signature(maker).parameters.values()
+    taken = {item.name: item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
+    lacking = [name for name, item in taken.items() if item.default is item.empty and name not in spec.options]
+    passed_on = any(item.kind is item.VAR_KEYWORD for item in parameters)
+    unknown = [] if passed_on else [name for name in spec.options if name not in taken]
+    said = [f"it needs {', '.join(lacking)}"] if lacking else []
+    said += [f"it has no option {', '.join(unknown)}"] if unknown else []
+    said += [f"its options: {', '.join(taken) or 'none'}"] if said else [str(error)]
+    example = getattr(maker, "EXAMPLE", None) or f"{{{', '.join(f'{name}: ...' for name in lacking)}}}"
+    shown = f". For example: {{name: {spec.name}, options: {example}}}" if lacking else ""
+    return f"the judge '{spec.name}' cannot be made with the options {dict(spec.options)}: {'; '.join(said)}{shown}"
+
+
+def _unknown(name: str, outputs: str | None) -> str:
+    """That there is no such judge, and which there are: those for the outputs at hand before those for others."""
+    fitting = list(OF_OUTPUTS.get(outputs or "", {}))
+    everyone = [*fitting, *(other for other in names() if other not in fitting)]
+    close = difflib.get_close_matches(name, fitting, n=1) or difflib.get_close_matches(name, everyone, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    known = f"Known here: {', '.join(everyone)}"
+    if fitting:
+        foreign = [other for other in JUDGES if other not in fitting]
+        of_packages = [other for other in names() if other not in JUDGES]
+        known = f"Known here for {outputs}s: {', '.join([*fitting, *of_packages])}; for other outputs: {', '.join(foreign)}"
+    return (
+        f"there is no judge '{name}'; {hint}{known}. A judge of your own comes from an installed package with an entry point "
+        f"in the group '{GROUP}'"
+    )
+
+
+def _maker(name: str, outputs: str | None = None) -> Any:
     installed = _installed()
     if name in JUDGES:
         path = JUDGES[name]
     elif name in installed:
         path = installed[name].value
     else:
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise UserError(
-            f"there is no judge '{name}'; {hint}Known here: {', '.join(names())}. A judge of your own comes from an installed "
-            f"package with an entry point in the group '{GROUP}'"
-        )
+        raise UserError(_unknown(name, outputs))
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

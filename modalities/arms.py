@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from polyalign.core.run import RunFolder, Stage
 from polyalign.datasets.labels import LabelStore
 from polyalign.datasets.pairs import PairStore
 from polyalign.modalities import loops
-from polyalign.modalities.held_out import TrainingPairs, evaluation_conditions, split_pairs
+from polyalign.modalities.held_out import TrainingPairs, asked_aside, evaluation_conditions, split_pairs, tell_kept_aside
 
 if TYPE_CHECKING:
     from polyalign.core.adapter import Model
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from polyalign.core.objectives.table import ObjectiveSpec
     from polyalign.core.recipe import TrainSettings
     from polyalign.core.trainer import Trainer
+
+Named = Callable[[Sequence[int]], list[str]]
+"""What conditions are called, by their places."""
 
 LEFT_OUT = "left_out.json"
 """What was left out of the pairs before they were trained on, and how many; only where something was."""
@@ -61,6 +65,16 @@ def everything(_recipe: Any, _adapter: Any, _model: Model, _store: Any, indices:
     return Selected(indices)
 
 
+def all_asked(_recipe: Any, _adapter: Any, _model: Model, conditions: Sequence[Any], _named: Named) -> list[int]:
+    """All prompts."""
+    return list(range(len(conditions)))
+
+
+def no_places(_prompts: Any) -> Sequence[str]:
+    """Nothing says where prompts come from."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Room:
     """What a modality gives to the training that all share.
@@ -71,7 +85,9 @@ class Room:
     out pairs that the model cannot take; ``trainable(recipe, adapter, model)`` makes the model one that is trained;
     ``measured(recipe, run, asked)`` is what an evaluation says besides its samples' scores, by key of ``evaluation.json``;
     ``pictured``: conditions have pictures; ``tables(evaluation, conditions, seed)`` is what is added up from its items, by key;
-    ``named_by(prompts)`` are the files that a file of prompts only names.
+    ``named_by(prompts)`` are the files that a file of prompts only names; ``askable(recipe, adapter, model, conditions,
+    named)`` the places of the conditions that evaluation asks, ``named(places)`` being what some are called;
+    ``places_of(prompts)`` where each of a recipe's prompts stands in its file.
     """
 
     outputs: str
@@ -86,6 +102,8 @@ class Room:
     pictured: bool = False
     tables: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]], int], dict[str, Any]] = no_tables
     named_by: Callable[[Any], Sequence[Path]] = no_files
+    askable: Callable[[Any, Any, Model, Sequence[Any], Named], list[int]] = all_asked
+    places_of: Callable[[Any], Sequence[str]] = no_places
 
     def pairs_of(self, recipe: Any, run: RunFolder, place: str = "pairs") -> Any:
         """The run's pairs, or single answers with labels where the recipe reads such; in the folder ``place`` of the run."""
@@ -99,6 +117,36 @@ class Room:
     def evaluation_conditions(self, recipe: Any, store: Any) -> list[dict[str, Any]]:
         """See :func:`polyalign.modalities.held_out.evaluation_conditions`."""
         return evaluation_conditions(recipe.evaluate, recipe.seed, store, self.conditions_of)
+
+    def asked_in_evaluation(self, recipe: Any, store: Any, adapter: Any, model: Model) -> list[dict[str, Any]]:
+        """Of the conditions of the evaluation those that the model can be asked.
+
+        Raises:
+            UserError: some cannot be asked, and the recipe does not say that they are to be left out; or all of them.
+        """
+        conditions, each = self.evaluation_conditions(recipe, store), recipe.evaluate.seeds_per_prompt
+        places = self.askable(recipe, adapter, model, conditions[::each], partial(self._named, recipe, store))
+        return [conditions[place * each + seed] for place in places for seed in range(each)]
+
+    def _named(self, recipe: Any, store: Any, places: Sequence[int]) -> list[str]:
+        """What conditions of the evaluation are called, and where they come from as far as that is known."""
+        prompts = recipe.evaluate.prompts
+        if prompts is not None:
+            known = self.places_of(prompts)
+            return [known[place] if known else f"prompt {place}" for place in places]
+        aside = asked_aside(recipe.evaluate, recipe.seed, store)
+        indices = [aside[place] for place in places]
+        if isinstance(store, loops.AskedPrompts):
+            return [f"{store.file} line {index + 1}" for index in indices]
+        return [_with_origin(row) for row in store.rows(indices, decode=False)]
+
+
+def _with_origin(row: Mapping[str, Any]) -> str:
+    """A pair's id, and the file and place that it was read from."""
+    origin = row.get("provenance", {}).get("sampler", {})
+    words = [str(origin[name]) for name in ("file", "place") if isinstance(origin.get(name), str)]
+    words = words[1:] if len(words) > 1 and words[0] in words[1] else words
+    return f"pair {row['pair_id']}" + (f" ({' '.join(words)})" if words else "")
 
 
 def train_arms(room: Room, recipe: Any, run: RunFolder) -> None:
@@ -190,7 +238,7 @@ def _train(room: Room, recipe: Any, run: RunFolder, objective: ObjectiveSpec, fo
         model = room.trainable(recipe, adapter, model)
     asked = room.asked_of(recipe, run)
     asked.validate()
-    room.evaluation_conditions(recipe, asked)  # refuse now, and not after the training, what evaluation would refuse
+    room.asked_in_evaluation(recipe, asked, adapter, model)  # refuse now, not after the training, what evaluation would refuse
     made_with = {"model": model.identity, "pairs": asked.content_hash(), "objective": objective.model_dump(mode="json")}
     run.write_environment({"base": model.identity, "pairs_sha256": made_with["pairs"]})
     work = _Work(room, recipe, run, objective, folder, adapter, model, made_with)
@@ -219,9 +267,8 @@ class _Work:
         from polyalign.core.trainer import Trainer
 
         recipe, objective = self.recipe, self.objective
-        selected = self.room.select(
-            recipe, self.adapter, self.model, store, split_pairs(recipe.evaluate, recipe.seed, store)[0]
-        )
+        taken, kept = split_pairs(recipe.evaluate, recipe.seed, store)
+        selected = self.room.select(recipe, self.adapter, self.model, store, taken)
         if isinstance(store, LabelStore) and build(objective).name == "sft":
             selected = _desirable(store, selected)
         training = TrainingPairs(store, selected.indices)
@@ -240,6 +287,7 @@ class _Work:
         if main and selected.card:
             atomic_write(self.folder / LEFT_OUT, json.dumps(selected.card, indent=1) + "\n")
         if main:
+            tell_kept_aside(recipe.evaluate, taken, kept, "answers" if isinstance(store, LabelStore) else "pairs")
             self.tell_beta(training.rows([0]))
         trainer.run()
         if main:
@@ -250,11 +298,12 @@ class _Work:
     def in_rounds(self, asked: loops.AskedPrompts) -> None:
         """Train in rounds on samples of the policy."""
         recipe, conditions = self.recipe, asked.conditions()
-        taken, _ = split_pairs(recipe.evaluate, recipe.seed, asked)
+        taken, kept = split_pairs(recipe.evaluate, recipe.seed, asked)
 
         def select(store: PairStore) -> Sequence[int]:
             return self.room.select(recipe, self.adapter, self.model, store, list(range(len(store)))).indices
 
+        tell_kept_aside(recipe.evaluate, taken, kept, "prompts")
         self.tell_beta([])
         rounds = loops.online_training(
             recipe,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -70,6 +71,15 @@ def split_pairs(evaluate: Evaluate[Any], seed: int, store: PairStore) -> tuple[l
     return [index for index in everything if index not in aside], kept
 
 
+def tell_kept_aside(evaluate: Evaluate[Any], trained: Sequence[int], kept: Sequence[int], what: str = "pairs") -> None:
+    """Say on stderr how many are kept aside, which of few may be far from the share asked for; nothing where none are."""
+    if not kept:
+        return
+    everything = len(trained) + len(kept)
+    found = f"{len(kept)} of {everything} {what} ({len(kept) / everything:.0%})"
+    print(f"evaluate.held_out = {evaluate.held_out:g} keeps {found} aside for evaluation", file=sys.stderr, flush=True)
+
+
 def _kept_aside(condition: Condition, share: float, seed: int) -> bool:
     digest = hashlib.sha256(f"{seed} {_pictures(condition) or _words(condition)}".encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < share
@@ -89,9 +99,14 @@ def evaluation_conditions(
         conditions = conditions_of(evaluate.prompts, seed)
         _refuse_overlap(conditions, known)
     else:
-        _, kept = split_pairs(evaluate, seed, store)
-        conditions = list({_asked(known[index]): known[index] for index in kept}.values())
+        conditions = [known[index] for index in asked_aside(evaluate, seed, store)]
     return [condition for condition in conditions for _ in range(evaluate.seeds_per_prompt)]
+
+
+def asked_aside(evaluate: Evaluate[Any], seed: int, store: PairStore) -> list[int]:
+    """Of the pairs that are kept aside one for each prompt, in the order in which they are evaluated."""
+    known = store.conditions()
+    return list({_asked(known[index]): index for index in split_pairs(evaluate, seed, store)[1]}.values())
 
 
 def _refuse_overlap(conditions: Sequence[Condition], trained: Sequence[Condition]) -> None:

@@ -85,7 +85,8 @@ class PrepareConfig(Section):
     """A pair whose prompt and longer answer together are longer is too long; the model's own limit holds besides."""
 
     on_long: Literal["error", "drop"] = "error"
-    """A pair that is too long stops the run before it trains, or is left out, counted and said in the data card."""
+    """A pair that is too long stops the run before it trains, or is left out, counted and said in the data card. So is one kept
+    aside for the evaluation whose prompt leaves no room for an answer; it is counted in evaluation.json (`left_out`)."""
 
     append_eos: bool = True
     """End answers with the end-of-sequence token, so that the model learns where to stop."""
@@ -131,7 +132,8 @@ class EvaluateConfig(Section):
     """Prompts that did not take part in training. Null: a share of the prompts of the pairs is kept aside (see `held_out`)."""
 
     held_out: Fraction = 0.1
-    """For pairs that are read, without prompts here: the share of pairs whose prompts are kept out of training for this."""
+    """For pairs that are read, without prompts here: the share of pairs whose prompts are kept out of training for this. A
+    hash decides of each prompt by itself, so of few pairs the share may be far from this; training says how many they are."""
 
     seeds_per_prompt: int = Field(default=1, ge=1)
     """Answers to each prompt, each with its own seed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from polyalign.core.errors import UserError
 from polyalign.core.run import RunFolder
 from polyalign.datasets.files import listed
 from polyalign.modalities import fingerprints
-from polyalign.modalities.arms import Selected
+from polyalign.modalities.arms import Named, Selected
 
 if TYPE_CHECKING:
     from polyalign.core.adapter import Model
@@ -22,6 +23,7 @@ MODEL_FILES = fingerprints.MODEL_FILES | {".jinja"}
 DENSE = {"dense_kl": "kl", "confidence": "confidence", "runner_up": "runner_up"}
 """Statistics of whole distributions, by the capability that an objective asks for."""
 
+NAMED = 20  # prompts that are too long, by name
 MEASURED = 256  # pairs whose lengths are looked at together
 
 
@@ -126,6 +128,41 @@ def pairs_that_fit(recipe: Any, adapter: Any, model: Model, store: Any, indices:
         raise UserError(f"{store.folder}: {said}\nNo pair is left to train on. {advice} take another model")
     print(f"{store.folder}: {len(problems)} of {len(indices)} pairs are too long and are left out", file=sys.stderr, flush=True)
     return Selected(kept, {"too_long": len(problems)})
+
+
+def askable(recipe: Any, adapter: Any, model: Model, conditions: Sequence[Any], named: Named) -> list[int]:
+    """The places of the conditions of the evaluation whose prompts leave room for an answer. Pairs that are kept aside may be
+    left out with ``prepare.on_long``; prompts that the recipe gives may not.
+
+    Raises:
+        UserError: some leave no room, and are not to be left out; or all of them.
+    """
+    positions, room = model.parts["positions"], recipe.sampler.max_new_tokens
+    if positions is None:
+        return list(range(len(conditions)))
+    kept, long = [], {}
+    for place, condition in enumerate(conditions):
+        tokens, about = adapter.prompt_length(model, condition, where=f"condition {place} of the evaluation")
+        if tokens + room <= positions:
+            kept.append(place)
+        else:
+            more = f"with sampler.max_new_tokens ({room}) is more than the model's {positions} positions"
+            long[place] = f"its prompt has {tokens} tokens{about}, which {more}"
+    if not long:
+        return kept
+    names = named(list(long)[:NAMED])
+    problems = [": ".join(words) for words in zip_longest(names, long.values(), fillvalue="")]
+    aside = recipe.evaluate.prompts is None
+    which = "prompts kept aside for the evaluation (evaluate.held_out)" if aside else "prompts of evaluate.prompts"
+    said = f"{len(long)} of {len(conditions)} {which} leave no room for an answer"
+    if aside and kept and recipe.prepare.on_long == "drop":
+        print(f"{said}, and are left out of the evaluation:\n{listed(problems)}", file=sys.stderr, flush=True)
+        return kept
+    advice = "Prompts are not cut: shorten them, take them out, or lower sampler.max_new_tokens"
+    if aside:
+        left = "leave such pairs out with prepare.on_long: drop" if kept else "give evaluate.prompts, since none is left"
+        advice = f"{advice}; or {left}"
+    raise UserError(f"{said}:\n{listed(problems)}\n{advice}")
 
 
 def tell_beta(_adapter: Any, _model: Model, objective: ObjectiveSpec, _rows: Sequence[Mapping[str, Any]]) -> None:

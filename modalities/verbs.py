@@ -43,7 +43,7 @@ def refuse_unfit_judges(recipe: Any, outputs: str) -> None:
     judges.refuse_other_outputs([judge.name for judge in named], outputs)
     for judge in named:
         if judge.name in judges.JUDGES or judge.name not in judges.names():
-            judges.build(judge)  # ours read no weights yet; an unknown name raises, and says which there are
+            judges.build(judge, outputs)  # ours read no weights yet; an unknown name raises, and says which there are
     judges.refuse_unfit([judges.panel([judge]) for judge in recipe.evaluate.judges if judge.name in judges.JUDGES])
 
 
@@ -267,7 +267,9 @@ def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any
     from polyalign.evaluation.paired import evaluate_paired
 
     asked = room.asked_of(recipe, run)
-    conditions = room.evaluation_conditions(recipe, asked)
+    conditions = everything = room.evaluation_conditions(recipe, asked)
+    if recipe.evaluate.prompts is None and getattr(recipe.prepare, "on_long", "error") == "drop":
+        conditions = room.asked_in_evaluation(recipe, asked, *room.open_model(recipe, run, None))
     judges = [panel([config]) for config in recipe.evaluate.judges]
     refuse_conditions(judges, conditions)
     seeds = [seed_of(recipe.seed, "evaluate", index) for index in range(len(conditions))]
@@ -289,6 +291,8 @@ def _evaluate(room: Room, recipe: Any, run: RunFolder, sampled: Any, finish: Any
     )
     report |= room.tables(report, conditions, recipe.seed)
     report |= room.measured(recipe, run, asked)
+    if left := len(everything) - len(conditions):
+        report["left_out"] = {"too_long": left // recipe.evaluate.seeds_per_prompt}
     atomic_write(run / "evaluation.json", json.dumps(report, indent=1))
 
 

@@ -8,6 +8,7 @@ address of a network, is refused without being followed.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -16,7 +17,7 @@ from PIL import Image
 from polyalign.core.files import sha256_of
 from polyalign.datasets.pictures import FORMATS, UNREADABLE, decode, fingerprint
 
-MAX_PIXELS = 1 << 25  # 33.5 million: twice 4096 x 4096
+MAX_PIXELS = 1 << 27  # 134 million: below 179 million, where Pillow sees a decompression bomb
 MAX_BYTES = 1 << 28  # of one picture file
 MIN_SIDE = 2  # a single pixel is what trackers and broken downloads leave
 
@@ -30,8 +31,11 @@ def check_picture(content: bytes) -> str:
     return fingerprint(usable_picture(content))
 
 
-def usable_picture(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def usable_picture(content: bytes, *, max_pixels: int = MAX_PIXELS, kept_pixels: int | None = None) -> Image.Image:
     """A decoded picture (:func:`polyalign.datasets.pictures.decode`) that has passed every check.
+
+    Args:
+        kept_pixels: a picture of more is scaled down to about so many, a JPEG already while it is decoded.
 
     Raises:
         ValueError: not a whole picture; CMYK, 16 bits a channel, several frames (each would have to be changed without being
@@ -48,8 +52,32 @@ def usable_picture(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
             raise ValueError(f"{str(error).rstrip('.')}; at most {max_pixels:,} are read. Scale it down first") from error
         except UNREADABLE as error:
             raise ValueError(f"not a picture in a format that can be read ({len(content)} bytes)") from error
-    _refuse(image, frames, max_pixels)
-    return decode(content)
+        _refuse(image, frames, max_pixels)
+        if kept_pixels is None or image.width * image.height <= kept_pixels:
+            return decode(content)
+        return _scaled_down(content, kept_pixels)
+
+
+def _scaled_down(content: bytes, pixels: int) -> Image.Image:
+    """The picture with about so many pixels, its proportions kept. A JPEG is decoded at a half, a quarter or an eighth of its
+    size where that is enough, and so is never there in whole; others are, once.
+
+    Raises:
+        ValueError: it does not decode.
+    """
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    scale = math.sqrt(pixels / (image.width * image.height))
+    longest = int(max(image.size) * scale)
+    box = (longest, longest)
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    if image.mode in ("RGB", "L") and not image.has_transparency_data:  # before decode copies it
+        try:
+            image.thumbnail(box, Image.Resampling.LANCZOS)
+        except UNREADABLE as error:
+            raise ValueError(f"a picture that does not decode: {error}") from error
+    found = decode(image)
+    found.thumbnail(box, Image.Resampling.LANCZOS)
+    return found
 
 
 def check_text(text: str) -> str:

@@ -30,8 +30,9 @@ from polyalign.datasets.formats.text_lines import as_object, objects
 
 FILE = "questions.jsonl"
 PLACEHOLDER = "<image>"
-MAX_PIXELS = 1 << 24
-"""4096 x 4096. The largest that a family here looks at are Qwen's 16,384 patches of 28 x 28 pixels, 12.8 million."""
+KEPT_PIXELS = 1 << 24
+"""4096 x 4096: larger pictures are scaled down to as many when they are opened, since many are open at a time. The largest that
+a family here looks at are Qwen's 16,384 patches of 28 x 28 pixels, 12.8 million."""
 
 
 def plain(words: str) -> str:
@@ -67,7 +68,6 @@ class Questions:
     items: tuple[Item, ...]
     text_only: int = 0
     dropped: tuple[dict[str, str], ...] = ()
-    max_pixels: int = MAX_PIXELS
 
     @cached_property
     def pictures(self) -> Mapping[str, tuple[str, ...]]:
@@ -111,13 +111,13 @@ class Questions:
         return digest.hexdigest()
 
     def open(self, name: str) -> Image.Image:
-        """A picture in RGB, decoded to the last row and turned upright.
+        """A picture in RGB, decoded to the last row and turned upright, scaled down to ``KEPT_PIXELS`` where it has more.
 
         Raises:
-            UserError: it is damaged, has more than ``max_pixels`` pixels, or is of a kind that is not read.
+            UserError: it is damaged, has more pixels than are read, or is of a kind that is not read.
         """
         try:
-            return usable_picture(read_file(self.folder, name), max_pixels=self.max_pixels)
+            return usable_picture(read_file(self.folder, name), kept_pixels=KEPT_PIXELS)
         except ValueError as error:
             raise UserError(f"{self.folder / name}: {error}") from error
 
@@ -127,14 +127,12 @@ def read_questions(
     pictures: str | Path | None = None,
     *,
     on_bad_row: Literal["error", "drop"] = "error",
-    max_pixels: int = MAX_PIXELS,
 ) -> Questions:
     """The questions of a ``.json`` or ``.jsonl`` file, or of a folder with ``questions.jsonl``.
 
     Args:
         pictures: the folder that the names of pictures are below; None is the file's own.
         on_bad_row: an entry that cannot be used is an error (all are listed), or it is left out and listed in ``dropped``.
-        max_pixels: larger pictures are refused when they are opened.
 
     Raises:
         UserError: no such file, bad entries, or no entry left. Pictures are looked for here and opened only when they are used.
@@ -165,11 +163,11 @@ def read_questions(
         problems = listed([f"{one['place']}: {one['problem']}" for one in dropped])
         raise UserError(
             f"{file}: {len(dropped)} bad entr{'y' if len(dropped) == 1 else 'ies'}, nothing was made of them:\n{problems}\n"
-            "Mend this and run again, or leave such entries out with on_bad_row: drop"
+            "Mend this and run again, or leave such entries out with on_bad_row: drop (recipe: pairs.multi_image.on_bad_row)"
         )
     if not items:
         raise UserError(f"{file}: no question about a picture ({text_only} entries without one, {len(dropped)} bad)")
-    return Questions(folder, tuple(items), text_only, tuple(dropped), max_pixels)
+    return Questions(folder, tuple(items), text_only, tuple(dropped))
 
 
 def _item(given: dict[str, Any], number: int, place: str) -> Item | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from polyalign.core.files import atomic_write
 from polyalign.evaluation.diagnose.evidence import Evidence, read_evidence
 from polyalign.evaluation.diagnose.findings import LIMITS, Finding, State
 from polyalign.evaluation.diagnose.outcome_rules import OUTCOME_RULES, worse_outputs
-from polyalign.evaluation.diagnose.pair_rules import PAIR_RULES
+from polyalign.evaluation.diagnose.pair_rules import PAIR_RULES, identical_pictures
 from polyalign.evaluation.diagnose.training_rules import TRAINING_RULES, not_a_number
 
 FILE = "diagnosis.json"
@@ -28,6 +28,7 @@ OF_CLOUDS = (not_a_number, worse_outputs)
 SENTENCES: dict[State, str] = {
     "improved": "On held-out prompts the judge prefers the aligned model beyond chance.",
     "no signal": "The training had nothing to learn from: loss and margins stayed where they began.",
+    "losing pictures without effect": "Right and losing pictures are the same: what compares them had nothing to learn from.",
     "noisy or flipped labels": "The labels contradict the judge, or one another.",
     "pairs drawn only from failures": "The pairs teach what the base's failures have in common, in the place of the skill.",
     "selection bias": "The chosen answers say some things far more often than right answers do, and that is learnt too.",
@@ -84,7 +85,7 @@ def diagnose(folder: Path) -> Diagnosis:
     """
     evidence = read_evidence(folder)
     clouds = evidence.report.outputs == "cloud"
-    asked = tuple(rule(evidence) for rule in (OF_CLOUDS if clouds else RULES))
+    asked = tuple(rule(evidence) for rule in (OF_CLOUDS if clouds else RULES) if _concerns(evidence, rule))
     findings = _first_of_each_cause([finding for finding in asked if finding.holds])
     state = _state(evidence, findings)
     found = evidence.outcome.rule.found if state in ("improved", "no change") or not findings else findings[0].found
@@ -92,6 +93,11 @@ def diagnose(folder: Path) -> Diagnosis:
     sentence = evidence.outcome.sentence if clouds and state == evidence.outcome.state else SENTENCES[state]
     missing = tuple(part for part in evidence.missing if not (clouds and part.startswith("pairs/")))
     return Diagnosis(folder, state, cause, sentence, found, findings, asked, missing)
+
+
+def _concerns(evidence: Evidence, rule: Callable[[Evidence], Finding]) -> bool:
+    """Whether there is anything to ask about: most runs have no losing pictures, and nothing is missing there."""
+    return rule is not identical_pictures or bool(evidence.pairs and evidence.pairs.losing_pictures)
 
 
 def _first_of_each_cause(findings: Sequence[Finding]) -> tuple[Finding, ...]:

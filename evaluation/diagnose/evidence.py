@@ -94,12 +94,19 @@ def read_evidence(folder: Path) -> Evidence:
     return Evidence(
         report=report,
         outcome=decide(report),
-        pairs=read_pair_facts(folder / "pairs", judge_weights(report.config), missing),
+        pairs=read_pair_facts(folder / "pairs", judge_weights(report.config), missing, sampled=are_sampled(report.config)),
         chosen=movement(metrics, "chosen"),
         rejected=movement(metrics, "rejected"),
         missing=missing,
         selection=read_selection(report.pairs, LIMITS.least_pairs, missing),
     )
+
+
+def are_sampled(config: Mapping[str, Any]) -> bool:
+    """Whether ``generate`` samples and judges for the pairs, by the recipe's ``pairs.source``, and keeps those samples: pairs
+    that are read, or made otherwise, have none. A recipe that does not say is taken at the default."""
+    pairs = config.get("pairs")
+    return not isinstance(pairs, Mapping) or pairs.get("source", "generate") == "generate"
 
 
 def judge_weights(config: Mapping[str, Any]) -> dict[str, float]:

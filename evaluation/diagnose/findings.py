@@ -8,6 +8,7 @@ from typing import Literal
 State = Literal[
     "improved",
     "no signal",
+    "losing pictures without effect",
     "noisy or flipped labels",
     "pairs drawn only from failures",
     "selection bias",
@@ -46,7 +47,7 @@ class Limits:
     """Two windows of five logged steps: with fewer, there is no movement to speak of."""
 
     identical_share: float = 0.2
-    """A fifth of every batch teaches nothing; nobody does that on purpose."""
+    """A fifth of every batch, or of its losing pictures, teaches nothing; nobody does that on purpose."""
 
     reversed_scores: float = 0.1
     """Pairs against the order of their own scores: the label noise that cDPO's and robust DPO's authors correct for."""

@@ -15,7 +15,10 @@ from typing import Any
 PAIRS_READ = 20_000
 """So many pairs are read at most, the first of the store; what is said of them is said of a sample."""
 
-COLUMNS = ("condition", "chosen", "rejected", "chosen_scores", "rejected_scores", "provenance")
+RIGHT, LOSING = "images", "rejected_images"
+"""Columns of pictures; the right ones, which may be gigabytes, are read only where there are losing ones."""
+
+COLUMNS = ("condition", "chosen", "rejected", "chosen_scores", "rejected_scores", "provenance", RIGHT, LOSING)
 
 
 @dataclass
@@ -48,7 +51,9 @@ class PairFacts:
     ``identical``: both sides have the same content. ``scores``: which side the store's own judges, weighted as the recipe says,
     gave more to. ``sizes``: by what is measured. ``sampled_chosen`` and ``sampled_rejected``: sides that the base itself has
     written, which have the seed they were sampled with. ``reached``: pairs for whose prompt some sample of the base scored at
-    least as high as the chosen side, of the ``compared`` for whose prompt samples are known.
+    least as high as the chosen side, of the ``compared`` for whose prompt samples are known. ``losing_pictures``: pairs with
+    pictures under which the chosen answer is to lose; ``same_pictures``: those of them whose losing pictures are, byte by byte,
+    the right ones.
     """
 
     pairs: int = 0
@@ -59,22 +64,27 @@ class PairFacts:
     sampled_rejected: int = 0
     compared: int = 0
     reached: int = 0
+    losing_pictures: int = 0
+    same_pictures: int = 0
     chosen_scores: list[float] = field(default_factory=list)
     best_of_prompts: list[float] = field(default_factory=list)
     """The best score among the base's samples of each prompt that was sampled, with a pair or without."""
 
 
-def read_pair_facts(folder: Path, weights: Mapping[str, float], missing: list[str]) -> PairFacts | None:
+def read_pair_facts(
+    folder: Path, weights: Mapping[str, float], missing: list[str], *, sampled: bool = True
+) -> PairFacts | None:
     """The facts of the store in ``folder``; None, with a line in ``missing``, where there is none.
 
     Args:
         weights: of the judges, by name; a judge that is not in it counts with 1.
+        sampled: whether the pairs' source keeps scores of all samples, so that their absence is worth a line.
     """
     shards = sorted(folder.glob("pairs-*.parquet")) if folder.is_dir() else []
     if not shards:
         missing.append("pairs/: the pairs themselves (identical sides, scores, sizes, who wrote them)")
         return None
-    samples = _read_samples(folder, missing)
+    samples = _read_samples(folder, missing, expected=sampled)
     facts = PairFacts(best_of_prompts=list(samples.best.values()))
     for row in _rows(shards, COLUMNS, missing):
         _count(facts, row, samples, weights)
@@ -92,6 +102,10 @@ def _count(facts: PairFacts, row: Mapping[str, Any], samples: _Samples, weights:
         left, right = _sizes(chosen), _sizes(rejected)
         for name in left.keys() & right.keys():
             facts.sizes.setdefault(name, Tally()).add(left[name], right[name])
+    losing = row.get(LOSING)
+    if losing:
+        facts.losing_pictures += 1
+        facts.same_pictures += [_content(one) for one in losing] == [_content(one) for one in row.get(RIGHT) or ()]
     score, other = (_weighted(row.get(f"{side}_scores"), weights) for side in ("chosen", "rejected"))
     if score is not None and other is not None:
         facts.scores.add(score, other)
@@ -122,11 +136,11 @@ class _Samples:
         return None if index is None else self.best[index]
 
 
-def _read_samples(folder: Path, missing: list[str]) -> _Samples:
+def _read_samples(folder: Path, missing: list[str], *, expected: bool) -> _Samples:
     """The samples that ``generate`` made, from ``samples-*.parquet``."""
     found = _Samples()
     shards = sorted(folder.glob("samples-*.parquet"))
-    if not shards:
+    if not shards and expected:
         missing.append("pairs/samples-*.parquet: scores of all samples (which prompts the base fails and masters)")
     for row in _rows(shards, ("prompt_index", "prompt", "seed", "score"), missing):
         score, index, prompt = row.get("score"), row.get("prompt_index"), str(row.get("prompt"))
@@ -146,10 +160,24 @@ def _rows(shards: Sequence[Path], columns: Sequence[str], missing: list[str]) ->
         try:
             file = parquet.ParquetFile(path)
             present = [name for name in columns if name in file.schema_arrow.names]
+            if LOSING in present and _is_empty(file.metadata, LOSING):
+                present = [name for name in present if name not in (LOSING, RIGHT)]
             for batch in file.iter_batches(batch_size=64, columns=present):
                 yield from batch.to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             missing.append(f"pairs/{path.name}: unreadable ({' '.join(str(error).split())[:120]})")
+
+
+def _is_empty(metadata: Any, column: str) -> bool:
+    """Whether a Parquet file's own statistics say that nothing stands in a column."""
+    chunks = [
+        group.column(place)
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+        for place in range(group.num_columns)
+        if group.column(place).path_in_schema.split(".")[0] == column
+    ]
+    counts = [(chunk.num_values, chunk.statistics) for chunk in chunks]
+    return all(found is not None and found.has_null_count and found.null_count == count for count, found in counts)
 
 
 def _content(stored: Any) -> bytes | str | None:

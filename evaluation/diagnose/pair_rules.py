@@ -40,6 +40,27 @@ def _ties(evidence: Evidence) -> str:
     return "" if ties is None else f"; at the end of training {ties:.0%} of the margins are exactly zero"
 
 
+def identical_pictures(evidence: Evidence) -> Finding:
+    cause, state = "identical pictures", "losing pictures without effect"
+    rule = (
+        f"of the pairs with losing pictures, {LIMITS.identical_share:.0%} or more have the right ones again, byte by byte: "
+        "the answer is as likely under both whatever the policy does, and a loss that compares them stays where it began"
+    )
+    pairs = evidence.pairs
+    if pairs is None or not pairs.losing_pictures:
+        return unknown(cause, state, rule, "no pair has losing pictures")
+    share = pairs.same_pictures / pairs.losing_pictures
+    return Finding(
+        cause,
+        state,
+        share >= LIMITS.identical_share,
+        rule,
+        f"in {pairs.same_pictures} of {pairs.losing_pictures} pairs with losing pictures ({share:.0%}) they are the right ones",
+        "Look at what made them: an operation that leaves such pictures as they are (a crop that takes all, noise of no "
+        "strength, a flip of what is symmetric). Take a stronger or another one, then make the pairs anew.",
+    )
+
+
 def flipped_labels(evidence: Evidence) -> Finding:
     cause, state = "flipped labels", "noisy or flipped labels"
     rule = (
@@ -246,4 +267,4 @@ def _lengths(evidence: Evidence) -> str:
     return f"; outputs of the base have {words['base']:.1f} words, of the aligned model {words['aligned']:.1f}"
 
 
-PAIR_RULES = (identical_pairs, flipped_labels, failures_only, selection_bias, off_policy, size_bias)
+PAIR_RULES = (identical_pairs, flipped_labels, identical_pictures, failures_only, selection_bias, off_policy, size_bias)

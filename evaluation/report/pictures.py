@@ -22,6 +22,9 @@ BUDGET = 6_000_000
 CRISP_UP_TO = 96
 """Pictures of at most this side are enlarged pixel by pixel instead of blurred."""
 
+TALL_FROM = 2.0
+"""Pictures more than so many times as high as wide are as high as the style sheet says, however wide their place is."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -33,9 +36,11 @@ class Picture:
 
     def tag(self, alt: str) -> str:
         """The ``img`` element; ``alt`` is escaped here."""
-        crisp = ' class="crisp"' if max(self.width, self.height) <= CRISP_UP_TO else ""
+        kinds = ["crisp"] if max(self.width, self.height) <= CRISP_UP_TO else []
+        kinds += ["tall"] if self.height > TALL_FROM * self.width else []
+        classes = f' class="{" ".join(kinds)}"' if kinds else ""
         return (
-            f'<img{crisp} src="{self.uri}" width="{self.width}" height="{self.height}" alt="{text(alt, 500)}" '
+            f'<img{classes} src="{self.uri}" width="{self.width}" height="{self.height}" alt="{text(alt, 500)}" '
             'loading="lazy" decoding="async"/>'
         )
 

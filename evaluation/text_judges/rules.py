@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -150,6 +151,7 @@ class Repetition(Rule):
 
 
 AnyRule = Annotated[Pattern | Length | Json | Keywords | Repetition, Field(discriminator="rule")]
+KINDS = tuple(str(kind) for made in get_args(get_args(AnyRule)[0]) for kind in get_args(made.model_fields["rule"].annotation))
 RULES: TypeAdapter[list[Any]] = TypeAdapter(Annotated[list[AnyRule], Field(min_length=1)])
 
 
@@ -164,6 +166,8 @@ class RulesJudge:
     Raises:
         UserError: an entry is none of these; it is named with what is wrong.
     """
+
+    EXAMPLE: ClassVar[str] = "{rules: [{rule: length, least: 20, most: 80}, {rule: absent, pattern: sorry, weight: 2}]}"
 
     def __init__(self, *, rules: Sequence[Mapping[str, Any]], label: str | None = None):
         try:
@@ -199,9 +203,15 @@ def _no_constant(name: str) -> float:
 def _explained(rules: Any, error: ValidationError) -> str:
     first = error.errors()[0]
     place = "rules" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in _location(first))
-    said = first["msg"].removeprefix("Value error, ")
-    kinds = "present, absent, length, json, keywords, repetition"
     found = rules if first["loc"] == () else first["input"]
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_not_found":
+        place, said = f"{place}.rule", "missing, which says what kind of rule it is"
+    elif first["type"] == "union_tag_invalid":
+        place, said, found = f"{place}.rule", "there is no such rule", found["rule"]
+        near = difflib.get_close_matches(str(found), KINDS, n=1)
+        said += f", did you mean '{near[0]}'" if near else ""
+    kinds = ", ".join(KINDS)
     return f"the judge 'text_rules': {place}: {said}, found {found!r}. A rule is one of {kinds}, and may have a weight"
 
 

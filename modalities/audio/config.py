@@ -329,7 +329,8 @@ class EvaluateConfig(Section):
     """Prompts that did not take part in training. Null: a share of the user's own captions is kept aside (see `held_out`)."""
 
     held_out: Fraction = 0.1
-    """For pairs that are read, without prompts here: the share of pairs whose captions are kept out of training for this."""
+    """For pairs that are read, without prompts here: the share of pairs whose captions are kept out of training for this. A
+    hash decides of each caption by itself, so of few pairs the share may be far from this; training says how many they are."""
 
     seeds_per_prompt: int = Field(default=1, ge=1)
     """Sounds of each prompt, each with its own seed."""

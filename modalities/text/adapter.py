@@ -148,6 +148,10 @@ class TextAdapter:
     def export(self, model: Model, folder: Path, card: Mapping[str, Any] | None = None) -> None:
         export(model, Path(folder), OPENING, card)
 
+    def prompt_length(self, model: Model, condition: Any, *, where: str) -> tuple[int, str]:
+        """A prompt's length in tokens, and nothing more to say of them."""
+        return len(tokenise.prompt_ids(model, condition, where=where)), ""
+
     def _sampled(
         self,
         model: Model,

@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 from polyalign.core.errors import UserError
 from polyalign.core.progress import ProgressLine
 from polyalign.core.run import RunFolder
-from polyalign.datasets.prompts import load_prompts
+from polyalign.datasets.prompts import load_prompts, places
 from polyalign.modalities.arms import Room, Selected
 from polyalign.modalities.text.config import PromptsConfig, TextRecipe
-from polyalign.modalities.token_training import MEASURED, TokenModels, pairs_that_fit, shared_settings, tell_beta, trainable
+from polyalign.modalities.token_training import (
+    MEASURED,
+    TokenModels,
+    askable,
+    pairs_that_fit,
+    shared_settings,
+    tell_beta,
+    trainable,
+)
 
 if TYPE_CHECKING:
     from polyalign.core.adapter import Model
@@ -57,6 +65,11 @@ def conditions_of(prompts: PromptsConfig, seed: int) -> list[dict[str, Any]]:
         assert prompts.count is not None  # the schema asks for it with a world
         conditions = clinical.prompts(prompts.split, prompts.count, seed)
     return [_asked(condition, prompts) for condition in conditions] if prompts.chat else conditions
+
+
+def places_of(prompts: PromptsConfig) -> Sequence[str]:
+    """Where each prompt stands in the file; nothing of a world's."""
+    return places(prompts.file, limit=prompts.count) if prompts.file is not None else ()
 
 
 def _asked(condition: Mapping[str, Any], prompts: PromptsConfig) -> dict[str, Any]:
@@ -103,5 +116,16 @@ def measured(recipe: TextRecipe, run: RunFolder, asked: Any) -> dict[str, Any]:
     return rewards_measured(recipe, run, asked)
 
 
-ROOM = Room("text", open_start, MODELS.model_files, conditions_of, tell_beta, selected, trainable, measured)
+ROOM = Room(
+    "text",
+    open_start,
+    MODELS.model_files,
+    conditions_of,
+    tell_beta,
+    selected,
+    trainable,
+    measured,
+    askable=askable,
+    places_of=places_of,
+)
 """What this modality gives to the training that all share."""

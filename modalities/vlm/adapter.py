@@ -188,6 +188,11 @@ class VlmAdapter:
         """The ids, pictures and spans of a condition (:func:`polyalign.modalities.vlm.processing.prompt_of`)."""
         return self.prompts.prompt(model, condition, where=where, options=self.settings.picture_options)
 
+    def prompt_length(self, model: Model, condition: Any, *, where: str) -> tuple[int, str]:
+        """A prompt's length in tokens, image tokens among them, and how many of them these are, in words."""
+        prompt = self.prompt(model, condition, where=where)
+        return len(prompt.ids), processing.tell_image_tokens(model, prompt)
+
     def _branches(self, row: Row) -> list[Branch]:
         """The row's candidates: its branches, or its list of answers.
 

@@ -122,7 +122,7 @@ class PairsConfig(Section):
 
     on_bad_row: Literal["error", "drop"] = "error"
     """For pairs that are read: a row that cannot be used stops the import, or is left out, counted and listed in
-    pairs/summary.json."""
+    pairs/summary.json. Questions of `multi_image` have `pairs.multi_image.on_bad_row`."""
 
     prompts: PromptsConfig | None = None
     """For `generate` and `re_align`: what to ask."""
@@ -150,6 +150,15 @@ class PairsConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> PairsConfig:
+        if self.source in MADE and self.on_bad_row == "drop":
+            raise ValueError(
+                f"on_bad_row: drop is for pairs that are read, and source '{self.source}' makes them. "
+                + (
+                    "Questions have a key of their own: give pairs.multi_image.on_bad_row: drop instead"
+                    if self.source == "multi_image"
+                    else "Leave it out: every question of pairs.prompts has to be usable (mend or take out those that are not)"
+                )
+            )
         if self.source == "multi_image":
             if self.multi_image is None:
                 raise ValueError("source 'multi_image' needs 'multi_image', its section")

@@ -130,6 +130,7 @@ class MiaDpo:
             "questions": len(asked),
             "pairs": len(pairs),
             "unusable": unusable,
+            "conversations": self.source.conversations,
             "broken_answers": sum(one.perplexity is None for one in asked),
             "right_without_pair": sum(one.right and not self._balanced(one) for one in asked),
             "layer": self.layer,
@@ -157,9 +158,10 @@ class MiaDpo:
         for index in indices:
             try:
                 found[index] = self.source.row(index)
-            except UserError:
+            except UserError as error:
                 if self.config.on_bad_row == "error":
-                    raise
+                    advice = "Mend it, or leave such questions out with pairs.multi_image.on_bad_row: drop"
+                    raise UserError(f"{error}. {advice}") from error
                 unusable += 1
         return found, unusable
 

@@ -94,7 +94,9 @@ class MultiImageConfig(Section):
     """Questions of a world whose pictures are drawn here and whose answers are known exactly."""
 
     count: int | None = Field(default=None, ge=1)
-    """How many questions: needed for a world; null is as many as the data have, each once."""
+    """How many questions: needed for a world; null is as many as the data have entries. Formats, levels and single images draw
+    theirs each for itself: a question is asked at most once in each of them, and may be asked in several or in none. Of a
+    LLaVA conversation the first turn is asked, as published (for `levels` any turn)."""
 
     tasks: tuple[str, ...] | None = None
     """Tasks of the world, each as often; null is all that may be asked of one of several pictures."""

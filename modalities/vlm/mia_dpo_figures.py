@@ -71,6 +71,7 @@ def summary_of(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     counts = ("questions", "pairs", "unusable", "broken_answers", "right_without_pair")
     found = {
         **{name: sum(note[name] for note in notes) for name in counts},
+        "conversations": max((note.get("conversations", 0) for note in notes), default=0),  # earlier shards do not say
         "layer": next((note["layer"] for note in notes), None),
         "audit": {part: merged(note[part] for note in notes) for part in PARTS},
         **_aucs(list(kinds.values())),
@@ -151,6 +152,11 @@ def _auc(strata: Iterable[Mapping[str, Sequence[float]]]) -> tuple[float | None,
 def lines_of(summary: Mapping[str, Any]) -> list[str]:
     """A summary for the terminal."""
     found = [f"{summary['questions']} questions, {summary['pairs']} pairs"]
+    if summary["conversations"]:
+        found.append(
+            f"{summary['conversations']} entries of the data are conversations of several turns: the first is asked, as "
+            "published (by compare and search any)"
+        )
     if summary["unusable"]:
         found.append(f"{summary['unusable']} questions with pictures that cannot be used")
     for part, words in zip(PARTS, ("the model's mistakes", "another image's answer where the model is right"), strict=True):

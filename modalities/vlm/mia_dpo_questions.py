@@ -37,6 +37,11 @@ class Source(Protocol):
         """Whether an answer is right."""
         ...
 
+    @property
+    def conversations(self) -> int:
+        """How many entries have several turns."""
+        ...
+
     def inputs(self) -> dict[str, Any]:
         """As JSON, what tells these questions from others made with the same configuration."""
         ...
@@ -96,6 +101,10 @@ class OfTheWorld:
     def right(self, row: Row, answer: str) -> bool:
         return scenes_questions.asked(row["condition"]).verdict(answer) == "right"
 
+    @property
+    def conversations(self) -> int:
+        return 0
+
     def inputs(self) -> dict[str, Any]:
         return {"world": "scenes", "tasks": list(self.tasks)}
 
@@ -128,6 +137,10 @@ class OfAFile:
 
     def right(self, row: Row, answer: str) -> bool:
         return plain(answer) == plain(row["chosen"])
+
+    @property
+    def conversations(self) -> int:
+        return sum(len(item.turns) > 1 for item in self.questions.items)
 
     def inputs(self) -> dict[str, Any]:
         """Pictures are told apart by name and size of the file."""

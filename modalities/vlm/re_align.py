@@ -74,7 +74,10 @@ class Pictures(Sequence[Any]):
         for place in range(len(given)):
             images = _condition_of(given[place]).get("images")
             if not images:
-                raise UserError(f"{_name(given[place], place)}: there is no image, and Re-Align needs one to exchange")
+                raise UserError(
+                    f"{_where(given[place], place)}: there is no image, and Re-Align needs one to exchange. Give this question "
+                    "its image, or take it out"
+                )
             self.starts.append(self.starts[-1] + len(images))
 
     def __len__(self) -> int:
@@ -97,7 +100,8 @@ class ReAlign:
     Args:
         adapter, model: that answer and fill in; the adapter's settings say how many tokens an answer may have.
         given: questions: conditions, or rows with a ``condition`` (and ``chosen``, where that is taken); they are opened one at
-            a time, and their pictures are those that are retrieved.
+            a time, and their pictures are those that are retrieved. A row's ``place``, such as a line of a file, stands in
+            messages.
 
     Raises:
         UserError: no questions, one without a picture or whose answer depends on several, or a network that cannot be read.
@@ -149,9 +153,9 @@ class ReAlign:
         """SHA-256 of all questions: their words, given answers and pictures."""
         total = hashlib.sha256()
         for place in range(len(self)):
-            row, name = self.given[place], _name(self.given[place], place)
+            row, name, where = self.given[place], _name(self.given[place], place), _where(self.given[place], place)
             condition = dict(_condition_of(row))
-            images = [fingerprint(content_of(image, where=name)) for image in condition.pop("images", None) or ()]
+            images = [fingerprint(content_of(image, where=where)) for image in condition.pop("images", None) or ()]
             chosen = row.get("chosen") if self.config.chosen == "given" else None
             total.update(json.dumps([name, condition, images, chosen], sort_keys=True).encode())
         return total.hexdigest()
@@ -225,13 +229,16 @@ class ReAlign:
 
     def _question(self, index: int) -> _Question:
         row = self.given[index]
-        name, condition = _name(row, index), dict(_condition_of(row))
-        slot = _slot(condition, name)
+        name, where, condition = _name(row, index), _where(row, index), dict(_condition_of(row))
+        slot = _slot(condition, where)
         one = _Question(index, name, condition, self.pictures.of(index)[slot], slot)
         if self.config.chosen == "given":
             chosen = row.get("chosen") if "condition" in row else None
             if not isinstance(chosen, str):
-                raise UserError(f"{name}: chosen is {chosen!r}, and the given answer is to be taken. Set chosen: sampled")
+                raise UserError(
+                    f"{where}: chosen is {chosen!r}, and pairs.re_align.chosen: given takes the answer that stands with each "
+                    "question. Give this one its 'chosen' (text), take it out, or set pairs.re_align.chosen: sampled"
+                )
             one.chosen = chosen.strip()
         else:
             one.seed = seed_of(self.seed, "re_align", "chosen", name)
@@ -338,13 +345,18 @@ def _name(row: Row, index: int) -> str:
     return str(row.get("pair_id") or f"re-align-{index:06d}")
 
 
-def _slot(condition: Row, name: str) -> int:
+def _where(row: Row, index: int) -> str:
+    """What a question is called in messages: where it stands, where the row says so in ``place``."""
+    return str(row.get("place") or _name(row, index))
+
+
+def _slot(condition: Row, where: str) -> int:
     """Which of a condition's images its answer depends on."""
     images, layout = condition["images"], condition.get("layout")
     slots = sorted({layout["places"][target]["image"] for target in layout["targets"]}) if layout else [*range(len(images))]
     if len(slots) != 1:
         raise UserError(
-            f"{name}: the answer depends on {len(slots)} images, and Re-Align exchanges one. Ask about single images, or say "
+            f"{where}: the answer depends on {len(slots)} images, and Re-Align exchanges one. Ask about single images, or say "
             "in the row's layout which one is meant"
         )
     return slots[0]

@@ -139,8 +139,14 @@ def _re_align(recipe: VlmRecipe, run: RunFolder, adapter: Any, model: Any) -> No
 
     section = recipe.pairs.re_align or ReAlignConfig()
     conditions = ROOM.conditions_of(recipe.pairs.prompts, recipe.seed)
+    places = ROOM.places_of(recipe.pairs.prompts)
     given = [
-        {"pair_id": f"{index:06d}", "condition": condition, "chosen": condition.get("chosen")}
+        {
+            "pair_id": f"{index:06d}",
+            "condition": condition,
+            "chosen": condition.get("chosen"),
+            "place": places[index] if places else None,
+        }
         for index, condition in enumerate(conditions)
     ]
     _made(recipe, run, ReAlign(adapter, model, given, section, seed=recipe.seed), model, section)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polyalign.core.errors import UserError
 from polyalign.core.run import RunFolder
 from polyalign.modalities.arms import Room
-from polyalign.modalities.token_training import TokenModels, pairs_that_fit, shared_settings, tell_beta, trainable
+from polyalign.modalities.token_training import TokenModels, askable, pairs_that_fit, shared_settings, tell_beta, trainable
 from polyalign.modalities.vlm.config import PromptsConfig, VlmRecipe
 
 if TYPE_CHECKING:
@@ -126,6 +126,13 @@ def named_pictures(prompts: PromptsConfig) -> Sequence[Path]:
     return visual_prompts.named_pictures(prompts.file) if prompts.file else ()
 
 
+def places_of(prompts: PromptsConfig) -> Sequence[str]:
+    """Where each question stands in the file; nothing of a world's."""
+    from polyalign.datasets import visual_prompts
+
+    return visual_prompts.places(prompts.file, limit=prompts.count) if prompts.file else ()
+
+
 def tables(evaluation: Mapping[str, Any], conditions: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """``groups``: how many answers are right by the number and arrangement of pictures and by task, where the judge says from
     which score on one is."""
@@ -161,5 +168,7 @@ ROOM = Room(
     pictured=True,
     tables=tables,
     named_by=named_pictures,
+    askable=askable,
+    places_of=places_of,
 )
 """What this modality gives to the training that all share."""

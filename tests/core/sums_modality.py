@@ -32,6 +32,8 @@ STAGES = ("generate", "train", "evaluate", "report")
 
 
 def generate(recipe, run):
+    if recipe.generate.count < 1:
+        raise UserError("generate.count: nothing to add")
     with run.stage("generate", {"generate": recipe.generate, "seed": recipe.seed}, products=("pairs",)) as stage:
         if stage.todo:
             draw = random.Random(recipe.seed)

@@ -129,6 +129,35 @@ def test_report_leaves_what_the_folder_says_of_the_run(sums: Path, capsys: pytes
     assert list((sums / "empty").iterdir()) == [] and not (sums / "new").exists()
 
 
+def test_what_is_refused_before_any_work_leaves_the_recipe_of_the_run(sums: Path, capsys: pytest.CaptureFixture[str]):
+    main(["align", "sums.yaml"])
+    folder = sums / "runs" / "sums-0"
+    before = everything_below(folder)
+    assert main(["align", "sums.yaml", "generate.count=0"]) == 2 and "nothing to add" in capsys.readouterr().err
+    assert main(["generate", "sums.yaml", "generate.count=0"]) == 2
+    assert everything_below(folder) == before
+    assert main(["align", "sums.yaml", "interrupt=true", "train.steps=9"]) == 130
+    assert {"interrupt: true", "steps: 9"} <= {line.strip() for line in (folder / "config.yaml").read_text().splitlines()}
+    assert main(["align", "sums.yaml", "train.steps=9"]) == 0, "a switch that changes no stage is written at the end"
+    assert "interrupt: false" in (folder / "config.yaml").read_text()
+
+
+def test_a_new_folder_that_was_refused_early_is_a_run_all_the_same(sums: Path):
+    assert main(["align", "sums.yaml", "generate.count=0", "--run", "new"]) == 2
+    assert main(["align", "sums.yaml", "--run", "new"]) == 0
+    assert "count: 4" in (sums / "new" / "config.yaml").read_text()
+
+
+def test_the_report_is_of_the_recipe_that_was_given(sums: Path, monkeypatch: pytest.MonkeyPatch):
+    import sums_modality
+
+    seen = []
+    monkeypatch.setattr(sums_modality, "report", lambda recipe, run: seen.append((run / "config.yaml").read_text()))
+    main(["align", "sums.yaml"])
+    main(["align", "sums.yaml", "interrupt=true"])
+    assert ["interrupt: true" in text for text in seen] == [False, True]
+
+
 def test_a_verb_does_not_build_on_stale_products(sums: Path, capsys: pytest.CaptureFixture[str]):
     main(["align", "sums.yaml"])
     before = everything_below(sums / "runs")

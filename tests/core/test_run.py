@@ -190,6 +190,20 @@ def test_config_is_written_whole(tmp_path: Path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_the_recipe_is_written_when_a_stage_begins_work_and_not_for_one_that_is_done(tmp_path: Path):
+    def step(steps: int, inputs: int) -> str:
+        run = RunFolder(tmp_path, recipe=TrainSettings(steps=steps))
+        with run.stage("train", {"steps": inputs}, products=("adapter",)) as stage:
+            found = (tmp_path / "config.yaml").read_text().splitlines()[0]
+            if stage.todo:
+                (run / "adapter").write_text("x")
+        return found
+
+    assert step(3, 3) == "steps: 3"
+    assert step(4, 3) == "steps: 3"
+    assert step(5, 5) == "steps: 5"
+
+
 def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path: Path):
     hold = (
         "import sys, time\nfrom polyalign.core.run import RunFolder\n"

@@ -14,7 +14,7 @@ import pytest
 
 from polyalign.core import cli
 from polyalign.core.errors import UserError
-from polyalign.evaluation.diagnose import Diagnosis, Finding, as_markup, as_text, diagnose, write_diagnosis
+from polyalign.evaluation.diagnose import Diagnosis, Finding, as_markup, as_text, diagnose, pair_facts, write_diagnosis
 from polyalign.evaluation.diagnose.evidence import judge_weights, read_evidence
 from polyalign.evaluation.statistics import paired_win_rate
 
@@ -158,6 +158,38 @@ def test_identical_pairs_explain_a_loss_that_stays(tmp_path: Path) -> None:
     found = diagnose(run_folder(tmp_path, still, alike))
     assert (found.state, found.cause) == ("no signal", "identical pairs")
     assert [one.cause for one in found.findings] == ["identical pairs"] and "40 of 40" in found.evidence
+
+
+def pictured(place: int, right: bytes, losing: bytes | None) -> dict[str, Any]:
+    cells = {"images": [{"bytes": right, "path": None}], "rejected_images": losing and [{"bytes": losing, "path": None}]}
+    return pair(place, **cells)
+
+
+def test_losing_pictures_that_are_the_right_ones(tmp_path: Path) -> None:
+    mixed = [pictured(place, b"a", b"a" if place < 10 else b"b") for place in range(40)]
+    found = diagnose(run_folder(tmp_path, pairs=mixed))
+    assert (found.state, found.cause) == ("losing pictures without effect", "identical pictures")
+    assert "in 10 of 40 pairs with losing pictures (25%) they are the right ones" in found.evidence and found.findings[0].cure
+    few = [pictured(place, b"a", b"a" if place < 2 else b"b" if place < 20 else None) for place in range(40)]
+    one = finding(diagnose(run_folder(tmp_path, pairs=few)), "identical pictures")
+    assert one.holds is False and one.found.startswith("in 2 of 20 pairs")
+
+
+def test_right_pictures_are_read_only_beside_losing_ones(tmp_path: Path) -> None:
+    none = pa.array([None] * 40, pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+    rows = pa.Table.from_pylist([pictured(place, b"a", None) for place in range(40)]).drop_columns("rejected_images")
+    folder = run_folder(tmp_path, pairs=[])
+    pq.write_table(rows.append_column("rejected_images", none), folder / "pairs" / "pairs-00000.parquet")
+    columns = pair_facts.COLUMNS
+    assert all("images" not in row for row in pair_facts._rows([folder / "pairs" / "pairs-00000.parquet"], columns, []))
+    assert "identical pictures" not in {one.cause for one in diagnose(folder).asked}
+
+
+@pytest.mark.parametrize(("source", "asked_for"), [("generate", True), ("multi_image", False), ("rows", False), ("", True)])
+def test_samples_are_missed_only_where_generate_makes_them(tmp_path: Path, source: str, asked_for: bool) -> None:
+    config = f"modality: text\npairs: {{source: {source}}}\n" if source else "modality: text\n"
+    found = diagnose(run_folder(tmp_path, config=config))
+    assert any("samples-*.parquet" in line for line in found.missing) == asked_for
 
 
 def test_labels_against_their_own_scores(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from polyalign.core.errors import UserError
@@ -93,6 +94,36 @@ def test_unknown_names_and_refused_options_are_explained():
         judges.build(Spec("saturatoin"))
     with pytest.raises(UserError, match="cannot be made with the options"):
         judges.build(Spec("clipping", options={"colour": "red"}))
+    with pytest.raises(UserError) as raised:
+        judges.build(Spec("rouge_l", options={"mesure": "f1"}))
+    assert "it has no option mesure; its options: measure, summary, split, reference, label" in str(raised.value)
+
+
+def test_options_that_a_judge_needs_are_named_with_an_example():
+    with pytest.raises(UserError) as raised:
+        judges.build(Spec("text_rules"))
+    said = str(raised.value)
+    assert "it needs rules; its options: rules, label. For example: {name: text_rules, options: {rules: [{rule: " in said
+    assert "__init__" not in said
+    example = yaml.safe_load(said.partition("For example: ")[2])
+    assert judges.build(Spec(**example)).name == "text_rules", "what is shown works"
+    with pytest.raises(UserError, match=r"it needs url, model; .* {name: http, options: {url: ..., model: ...}}$"):
+        judges.build(Spec("http"))
+
+
+def test_what_else_a_judge_cannot_be_made_of_is_said_as_python_says_it():
+    with pytest.raises(UserError, match="cannot be made with the options .*: .*unexpected keyword argument 'colour'"):
+        judges.build(Spec("clip_score", options={"colour": "red"}))
+
+
+def test_a_misspelt_judge_is_answered_with_those_of_the_outputs_at_hand_first():
+    with pytest.raises(UserError) as raised:
+        judges.build(Spec("sound"), "text")
+    said = str(raised.value)
+    assert "Known here for texts: clinical, scenes, " in said and "; for other outputs: shapes, " in said
+    assert said.index("rouge_l") < said.index("for other outputs") < said.index("saturation")
+    with pytest.raises(UserError, match="did you mean 'http_text'"):
+        judges.build(Spec("httpt"), "text")
 
 
 class Fixed:

@@ -163,6 +163,17 @@ def test_attention_has_a_section_with_the_questions_that_no_other_shows(run: Pat
     assert 'id="looks"' not in write_report(run).read_text(encoding="utf-8")
 
 
+def test_very_tall_pictures_and_only_these_have_a_height_of_their_own(run: Path) -> None:
+    item = evaluation(run)["items"][0]
+    Image.new("RGB", (20, 300), "white").save(run / item["images"][0])
+    Image.new("RGB", (100, 200), "white").save(run / item["images"][1])
+    page = write_report(run).read_text()
+    tall = re.findall(r'<img class="([a-z ]*)"[^>]*width="(\d+)" height="(\d+)"', page)
+    found = {(kinds, width, height) for kinds, width, height in tall if "tall" in kinds.split()}
+    assert found == {("tall", "17", "256")}
+    assert ".strip img.tall { height: 256px; width: auto;" in page and "outline: 1px solid" in page
+
+
 def test_pictures_can_be_left_out_of_the_file(run: Path) -> None:
     (run / "config.yaml").write_text("modality: vlm\nreport: {embed_images: false}\n")
     page = write_report(run).read_text(encoding="utf-8")

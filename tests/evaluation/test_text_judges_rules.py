@@ -81,8 +81,16 @@ def test_it_evaluates_texts() -> None:
     [
         ([], "rules: List should have at least 1 item"),
         ("present", "rules: Input should be a valid list"),
-        ([{"rule": "presnt", "pattern": "a"}], r"rules\[0\]: .*'presnt'.*present, absent, length, json, keywords, repetition"),
-        ([{"pattern": "a"}], r"rules\[0\]: Unable to extract tag"),
+        (
+            [{"rule": "presnt", "pattern": "a"}],
+            r"rules\[0\].rule: there is no such rule, did you mean 'present', found 'presnt'. A rule is one of present, "
+            "absent, length, json, keywords, repetition, and",
+        ),
+        ([{"rule": ["a"]}], r"rules\[0\].rule: there is no such rule, found \['a'\]"),
+        (
+            [{"pattern": "a"}],
+            r"rules\[0\].rule: missing, which says what kind of rule it is, found {'pattern': 'a'}\. A ",
+        ),
         ([{"rule": "present", "pattern": "("}], r"rules\[0\].pattern: '\(' is no regular expression: missing \)"),
         ([{"rule": "json"}, {"rule": "length"}], r"rules\[1\]: a length needs least, or most, or both"),
         ([{"rule": "length", "least": 9, "most": 3}], r"rules\[0\]: least 9 is above most 3"),

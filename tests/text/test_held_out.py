@@ -10,7 +10,7 @@ import pytest
 
 from polyalign.core.errors import UserError
 from polyalign.datasets.pairs import PairStore
-from polyalign.modalities.held_out import TrainingPairs, evaluation_conditions, split_pairs
+from polyalign.modalities.held_out import TrainingPairs, evaluation_conditions, split_pairs, tell_kept_aside
 
 COUNT = 40
 
@@ -46,6 +46,13 @@ def test_conversations_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     asked = evaluation_conditions(wanted(), 1, store, none_asked)
     assert len(asked) == 2 * len(kept) and asked[0] == asked[1] == conversation(kept[0])
     assert len(TrainingPairs(store, trained)) == len(trained)
+
+
+def test_how_many_are_kept_aside_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_kept_aside(wanted(), [0, 2, 3], [1])
+    assert capsys.readouterr().err == "evaluate.held_out = 0.3 keeps 1 of 4 pairs (25%) aside for evaluation\n"
+    tell_kept_aside(wanted(prompts="given"), [0, 1], [])
+    assert capsys.readouterr().err == ""
 
 
 def test_one_conversation_stays_on_one_side_however_it_is_spaced(tmp_path: Path) -> None:

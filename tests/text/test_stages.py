@@ -206,12 +206,16 @@ def test_an_export_is_what_peft_opens(aligned: tuple[Path, Path], base: Path, tm
 # --- pairs that are there already ---------------------------------------------------------------------------------------------
 
 
-def test_rows_to_a_report_with_prompts_kept_aside(base: Path, tmp_path: Path) -> None:
+def test_rows_to_a_report_with_prompts_kept_aside(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_recipe(tmp_path, of_rows(base, tmp_path, preferences(20)))
     run = tmp_path / "run"
     assert polyalign("align", config, run) == 0
     items, card = read(run / "evaluation.json")["items"], (run / "adapter" / "README.md").read_text()
     assert 1 < len(items) < 20 and f"| pairs | {20 - len(items)} |" in card
+    assert f"evaluate.held_out = 0.35 keeps {len(items)} of 20 pairs ({len(items) / 20:.0%}) aside" in capsys.readouterr().err
+    written = (run / "config.yaml").read_bytes()
+    assert "nope.jsonl" in refused(capsys, "align", config, run, "pairs.path=nope.jsonl")
+    assert (run / "config.yaml").read_bytes() == written, "no stage has begun with that file"
     first = PairStore(run / "pairs").rows([0])[0]
     assert first["chosen"] == " yes, it is 0" and first["provenance"]["sampler"]["place"] == "rows.jsonl line 1"
 

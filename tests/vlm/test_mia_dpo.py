@@ -266,10 +266,25 @@ class TestOfAFile:
         broken = sorted((tmp_path / "coco").iterdir())[0]
         broken.write_bytes(broken.read_bytes()[:60])
         given: dict[str, Any] = {"formats": {"sequence": {2: 1}}, "filter": {"perplexity": None}}
-        with pytest.raises(UserError, match=broken.name):
+        with pytest.raises(UserError, match=rf"{broken.name}.*pairs\.multi_image\.on_bad_row: drop"):
             all_of(MiaDpo(*qwen, None, of_files(folder, **given), seed=0))
         _, note = all_of(MiaDpo(*qwen, None, of_files(folder, on_bad_row="drop", **given), seed=0))
         assert note["unusable"] > 0 and note["questions"] == 12 - note["unusable"]
+
+    def test_of_a_conversation_the_first_turn_is_asked(self, qwen: Opened, tmp_path: Path) -> None:
+        entries = []
+        for line in (write_colours(tmp_path) / "questions.jsonl").read_text().splitlines():
+            one = json.loads(line)
+            said = ("<image>\n" + one["question"], one["answer"], "Is it large?", "Yes.")
+            turns = [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(said)]
+            entries.append({"image": one["image"], "conversations": turns})
+        (tmp_path / "llava.json").write_text(json.dumps(entries))
+        config = of_files(tmp_path / "llava.json", formats={"sequence": {2: 1}}, filter={"perplexity": None})
+        maker = MiaDpo(*qwen, None, config, seed=0)
+        assert all("large" not in json.dumps(maker.source.row(place)["condition"]["messages"]) for place in range(len(maker)))
+        summary = maker.summary([maker.make(range(2))[1], maker.make(range(2, 4))[1]])
+        assert summary["conversations"] == len(entries)
+        assert any(f"{len(entries)} entries of the data are conversations" in line for line in maker.lines(summary))
 
     def test_inputs_follow_the_data(self, qwen: Opened, tmp_path: Path) -> None:
         found = []

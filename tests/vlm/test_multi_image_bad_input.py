@@ -11,9 +11,9 @@ from colour_questions import write_colours
 from PIL import Image
 
 from polyalign.core.errors import UserError
-from polyalign.datasets.multi_image import sequence
+from polyalign.datasets.multi_image import grid, sequence
 from polyalign.datasets.multi_image.rows import check_row
-from polyalign.datasets.multi_image.sources import read_questions
+from polyalign.datasets.multi_image.sources import KEPT_PIXELS, read_questions
 
 LLAVA = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 
@@ -50,7 +50,7 @@ def test_bad_entries(tmp_path: Path, entry: dict[str, Any], problem: str) -> Non
     folder = with_entry(tmp_path, entry)
     with pytest.raises(UserError, match=problem) as caught:
         read_questions(folder)
-    assert "questions.jsonl line 5" in str(caught.value)
+    assert "questions.jsonl line 5" in str(caught.value) and "pairs.multi_image.on_bad_row" in str(caught.value)
     kept = read_questions(folder, on_bad_row="drop")
     assert len(kept.items) == 4 and [one["place"] for one in kept.dropped] == ["questions.jsonl line 5"]
 
@@ -68,13 +68,40 @@ def test_damaged_picture(tmp_path: Path) -> None:
     assert len(list(rows.usable(dropped))) == 4 - len(hit) and len(dropped) == len(hit)
 
 
-def test_thirty_megapixels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_a_large_picture_is_scaled_down_when_it_is_opened(tmp_path: Path, ending: str) -> None:
+    """One of 30 megapixels, half red; lying on its side as cameras write it."""
+    folder = write_colours(tmp_path, 3)
+    large = Image.new("RGB", (6000, 5000), (10, 20, 200))
+    large.paste((200, 30, 10), (0, 0, 3000, 5000))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    large.save(folder / "coco" / "0.png", format={"png": "PNG", "jpg": "JPEG"}[ending], exif=turned)
+    questions = read_questions(folder)
+    found = questions.open("coco/0.png")
+    assert found.width < found.height and 0.99 * KEPT_PIXELS < found.width * found.height <= KEPT_PIXELS
+    assert found.width / found.height == pytest.approx(5 / 6, abs=1e-3)
+    for place, colour in ((0.25, (200, 30, 10)), (0.75, (10, 20, 200))):
+        assert found.getpixel((found.width // 2, int(found.height * place))) == pytest.approx(colour, abs=3)
+    for build in (sequence.build, grid.build):
+        assert len(list(build(questions, seed=0, counts={2: 1}))) == 3
+
+
+def test_a_picture_beyond_the_limit_is_refused(tmp_path: Path) -> None:
     folder = write_colours(tmp_path, 2)
-    Image.new("L", (6000, 5000)).save(folder / "coco" / "0.png")
+    Image.new("1", (13000, 11000)).save(folder / "coco" / "0.png")
     rows = sequence.build(read_questions(folder), seed=0, counts={2: 1})
-    with pytest.raises(UserError, match=r"6000 x 5000 pixels \(30.0 megapixels\); at most 16.8 megapixels are read"):
+    with pytest.raises(UserError, match=r"13000 x 11000 pixels \(143.0 megapixels\); at most 134.2 megapixels"):
         rows[0]
-    assert read_questions(folder, max_pixels=30_000_000).open("coco/0.png").size == (6000, 5000)
+
+
+def test_a_large_picture_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    folder = write_colours(tmp_path, 2)
+    Image.effect_noise((5000, 4000), 90).convert("RGB").save(folder / "coco" / "0.png", format="JPEG", quality=30)
+    whole = (folder / "coco" / "0.png").read_bytes()
+    (folder / "coco" / "0.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"coco/0\.png: a picture that does not decode"):
+        read_questions(folder).open("coco/0.png")
 
 
 def test_decompression_bomb_is_never_opened(tmp_path: Path) -> None:
