@@ -54,7 +54,11 @@ def split_pairs(evaluate: Evaluate[Any], seed: int, store: PairStore) -> tuple[l
     """
     if evaluate.prompts is not None:
         return list(range(len(store))), []
-    conditions = store.conditions()
+    return _split(evaluate, seed, store.conditions())
+
+
+def _split(evaluate: Evaluate[Any], seed: int, conditions: Sequence[Condition]) -> tuple[list[int], list[int]]:
+    """As :func:`split_pairs`, where no prompts are given."""
     everything = list(range(len(conditions)))
     kept = [index for index in everything if _kept_aside(conditions[index], evaluate.held_out, seed)]
     if not kept:
@@ -99,14 +103,17 @@ def evaluation_conditions(
         conditions = conditions_of(evaluate.prompts, seed)
         _refuse_overlap(conditions, known)
     else:
-        conditions = [known[index] for index in asked_aside(evaluate, seed, store)]
+        conditions = [known[index] for index in _asked_aside(evaluate, seed, known)]
     return [condition for condition in conditions for _ in range(evaluate.seeds_per_prompt)]
 
 
 def asked_aside(evaluate: Evaluate[Any], seed: int, store: PairStore) -> list[int]:
     """Of the pairs that are kept aside one for each prompt, in the order in which they are evaluated."""
-    known = store.conditions()
-    return list({_asked(known[index]): index for index in split_pairs(evaluate, seed, store)[1]}.values())
+    return _asked_aside(evaluate, seed, store.conditions())
+
+
+def _asked_aside(evaluate: Evaluate[Any], seed: int, known: Sequence[Condition]) -> list[int]:
+    return list({_asked(known[index]): index for index in _split(evaluate, seed, known)[1]}.values())
 
 
 def _refuse_overlap(conditions: Sequence[Condition], trained: Sequence[Condition]) -> None:

@@ -24,6 +24,7 @@ from polyalign.core.adapter_files import refuse_changed_base
 from polyalign.core.errors import UserError
 from polyalign.core.randomness import seed_of
 from polyalign.core.references import adapter_layers
+from polyalign.modalities.token_settings import TokenModelSettings
 
 NAME = "default"
 CONFIG_FILE = "adapter_config.json"
@@ -142,6 +143,34 @@ def refuse_head(network: Any) -> None:
             "a LoRA on the LM head is not possible here: the head is applied in pieces of its own weight. Leave it out of the "
             "targets (all-linear leaves it out)."
         )
+
+
+def add_beside_head(network: Any, settings: TokenModelSettings, targets: Sequence[str] | str) -> None:
+    """As :func:`add`, on a language model, and never on its head.
+
+    Raises:
+        UserError: besides that function's, one of the targets is the LM head.
+    """
+    add(
+        network,
+        rank=settings.rank,
+        alpha=settings.scale,
+        targets=targets,
+        seed=settings.seed,
+        dropout=settings.dropout,
+        task_type="CAUSAL_LM",
+    )
+    refuse_head(network)
+
+
+def load_beside_head(network: Any, folder: Path, name: str = NAME) -> None:
+    """As :func:`load`, on a language model.
+
+    Raises:
+        UserError: besides that function's, the LoRA is also on the LM head.
+    """
+    load(network, folder, name)
+    refuse_head(network)
 
 
 def names(network: Any) -> set[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from polyalign.core.adapter import Model, Row
@@ -185,6 +186,26 @@ def ends_after(model: Model, prompt: str, full: str) -> frozenset[int]:
         ids = model.parts["tokenizer"](full[len(prompt) :], add_special_tokens=False, verbose=False).input_ids
         found.update([token for token in ids if token in special][:1])
     return frozenset(found)
+
+
+def rendered(templated: Any, messages: Sequence[Any], generation: bool, *, lacking: str, where: str) -> str:
+    """The text that a chat template makes of turns.
+
+    Args:
+        templated: a tokenizer or a processor, which has the template.
+        generation: end with what an answer begins with.
+        lacking: what to say where there is no template.
+
+    Raises:
+        UserError: no template, or it refuses these turns.
+    """
+    if templated.chat_template is None:
+        raise UserError(f"{where}: {lacking}")
+    try:
+        return templated.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        roles = [turn["role"] for turn in messages]
+        raise UserError(f"{where}: the chat template refuses a conversation of the roles {roles}: {error}") from error
 
 
 def refuse_empty(completions: Sequence[Sequence[int]], *, where: str) -> None:

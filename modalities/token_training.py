@@ -97,6 +97,14 @@ class TokenModels:
         return fingerprints.model_files(places, endings=MODEL_FILES)
 
 
+def for_evaluation(recipe: Any) -> Any:
+    """The recipe with the sampler of its evaluation."""
+    if recipe.evaluate.temperature is None:
+        return recipe
+    sampler = recipe.sampler.model_copy(update={"temperature": recipe.evaluate.temperature})
+    return recipe.model_copy(update={"sampler": sampler})
+
+
 def trainable(recipe: Any, adapter: Any, model: Model) -> Model:
     """The model with a fresh LoRA, the one that it came with, or all of its network, to be trained."""
     return adapter.trainable(model, fresh=recipe.model.lora.start is None)

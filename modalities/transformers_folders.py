@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from polyalign.core.errors import UserError
 from polyalign.core.optional import require
+from polyalign.modalities.base_folders import local_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -91,6 +92,22 @@ def device_of(settings: Weights) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def place_of(settings: Weights, tiny_base: Path, tiny_name: str) -> tuple[Path, str, str | None]:
+    """The folder of ``settings.base``, its name and, for a hub repository, the commit. ``tiny_base`` is the folder of the
+    embedded base, which is called ``tiny_name``.
+
+    Raises:
+        UserError: there is no such folder, or it could not be fetched.
+    """
+    if settings.base == "tiny":
+        return tiny_base, tiny_name, None
+    path = local_folder(settings.base)
+    if path is not None:
+        return path, path.resolve().name, None
+    folder = download(settings)
+    return folder, settings.base, folder.name
 
 
 def download(settings: Weights) -> Path:

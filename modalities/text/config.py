@@ -5,6 +5,7 @@ Nothing here imports transformers or loads a model, so that ``explain`` and ``--
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,8 @@ from polyalign.datasets.formats.table import TEXT_SOURCES
 from polyalign.modalities import token_recipe
 from polyalign.modalities.recipe_sections import check_pairs, location_of
 from polyalign.modalities.token_recipe import TokenRecipe
+
+TINY_BASE = Path(__file__).parent / "tiny_base"
 
 IN_DISTRIBUTION = "in distribution"
 """The split of ``evaluate.rewards`` that is like the training pairs."""

@@ -11,17 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
-from polyalign.modalities.base_folders import local_folder, refuse_what_is_no_base
+from polyalign.modalities.base_folders import refuse_what_is_no_base
+from polyalign.modalities.text.config import TINY_BASE
 from polyalign.modalities.text.settings import TextModelSettings
 from polyalign.modalities.transformers_folders import (
     autocast,
     checkpoint_activations,
     config_without_noise,
     device_of,
-    download,
     first_line,
     has_tokenizer,
     model_hash,
+    place_of,
     plain,
     quiet,
     read_network,
@@ -30,9 +31,7 @@ from polyalign.modalities.transformers_folders import (
     tokenizer_parts,
 )
 
-TINY_BASE = Path(__file__).parent / "tiny_base"
-
-__all__ = ["Base", "autocast", "checkpoint_activations", "device_of", "load", "open_base", "plain", "quiet"]
+__all__ = ["TINY_BASE", "Base", "autocast", "checkpoint_activations", "device_of", "load", "open_base", "plain", "quiet"]
 
 
 def load(settings: TextModelSettings) -> Model:
@@ -73,7 +72,7 @@ def open_base(settings: TextModelSettings) -> Base:
     Raises:
         UserError: as ``load``.
     """
-    folder, name, version = _place(settings)
+    folder, name, version = place_of(settings, TINY_BASE, "polyalign-tiny")
     refuse_what_is_no_base(folder)
     identity = f"{name}@{version or f'sha256:{model_hash(folder)}'}"
     with quiet():
@@ -83,17 +82,6 @@ def open_base(settings: TextModelSettings) -> Base:
         tokenizer.chat_template, digest = read_template(Path(settings.chat_template).expanduser())
         identity += f"+template@sha256:{digest}"
     return Base(folder, config, noise, tokenizer, identity)
-
-
-def _place(settings: TextModelSettings) -> tuple[Path, str, str | None]:
-    """Folder, name and, for a hub repository, the commit."""
-    if settings.base == "tiny":
-        return TINY_BASE, "polyalign-tiny", None
-    path = local_folder(settings.base)
-    if path is not None:
-        return path, path.resolve().name, None
-    folder = download(settings)
-    return folder, settings.base, folder.name
 
 
 def _tokenizer(folder: Path) -> Any:

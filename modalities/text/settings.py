@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-import torch
-
-from polyalign.core.likelihood.tokens import HEAD_CHUNK
-from polyalign.modalities.token_settings import refuse_wrong
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from polyalign.modalities.token_settings import TokenModelSettings
 
 
 @dataclass(frozen=True)
-class TextModelSettings:
+class TextModelSettings(TokenModelSettings):
     """Settings of a causal language model.
 
     Which model:
@@ -45,47 +38,3 @@ class TextModelSettings:
         max_new_tokens: includes the one that ends the answer. temperature 0 is greedy. top_k, top_p: cut the distribution.
         sample_batch: prompts at once.
     """
-
-    base: str = "tiny"
-    revision: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    device: str = "auto"
-    attention: str = "sdpa"
-    chat_template: Path | str | None = None
-
-    train: Literal["lora", "full", "qlora"] = "lora"
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
-    gradient_checkpointing: bool = False
-
-    append_eos: bool = True
-    max_prompt_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_length: int | None = None
-
-    prefix_sharing: Literal["auto", "on", "off"] = "auto"
-    head_chunk: int = HEAD_CHUNK
-    dense: frozenset[str] = frozenset()
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    sample_batch: int = 16
-
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        refuse_wrong(self)
-
-    @property
-    def weights_dtype(self) -> torch.dtype:
-        """Of the network's weights as they are loaded: full training keeps float32 masters."""
-        return torch.float32 if self.train == "full" else DTYPES[self.dtype]
-
-    @property
-    def scale(self) -> float:
-        """LoRA's alpha."""
-        return float(self.rank if self.alpha is None else self.alpha)

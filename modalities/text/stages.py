@@ -16,9 +16,10 @@ from polyalign.modalities import verbs
 from polyalign.modalities.arms import train_arms
 from polyalign.modalities.fingerprints import fingerprint
 from polyalign.modalities.held_out import keeps_pairs
-from polyalign.modalities.text.config import IN_DISTRIBUTION, TextRecipe
-from polyalign.modalities.text.training import ROOM, TINY_BASE, open_trained
+from polyalign.modalities.text.config import IN_DISTRIBUTION, TINY_BASE, TextRecipe
+from polyalign.modalities.text.training import ROOM, open_trained
 from polyalign.modalities.token_refusals import CAPABILITIES, base_of, refuse_base, refuse_beta, refuse_start
+from polyalign.modalities.token_training import for_evaluation
 
 SCHEMA = TextRecipe
 STAGES = ("generate", "train", "evaluate", "report")
@@ -94,10 +95,7 @@ def sampled(
     recipe: TextRecipe, run: RunFolder, name: str, trained: Path | None, conditions: Sequence[Condition], seeds: Sequence[int]
 ) -> tuple[list[str], None]:
     """Answers of one model, written to ``samples/NAME`` batch by batch; those already there are read again, not made again."""
-    if recipe.evaluate.temperature is not None:
-        sampler = recipe.sampler.model_copy(update={"temperature": recipe.evaluate.temperature})
-        recipe = recipe.model_copy(update={"sampler": sampler})
-    adapter, model = open_trained(recipe, trained)
+    adapter, model = open_trained(for_evaluation(recipe), trained)
     return verbs.sampled_texts(adapter, model, run, name, conditions, seeds, batch_size=recipe.sampler.batch_size), None
 
 

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 
 from polyalign.core.adapter import Model, Row
@@ -32,6 +31,7 @@ from polyalign.modalities.token_rows import (
     padded_completions,
     padded_left,
     refuse_empty,
+    rendered,
 )
 
 
@@ -155,16 +155,11 @@ def _turn(
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], generation: bool, *, where: str) -> str:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{where}: it is a conversation (condition.messages), and the tokenizer has no chat template. "
-            "Give one with chat_template (a jinja file), or rows with a plain prompt."
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        roles = [turn["role"] for turn in messages]
-        raise UserError(f"{where}: the chat template refuses a conversation of the roles {roles}: {error}") from error
+    lacking = (
+        "it is a conversation (condition.messages), and the tokenizer has no chat template. "
+        "Give one with chat_template (a jinja file), or rows with a plain prompt."
+    )
+    return rendered(tokenizer, messages, generation, lacking=lacking, where=where)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

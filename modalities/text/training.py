@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyalign.core.errors import UserError
@@ -13,7 +12,7 @@ from polyalign.core.progress import ProgressLine
 from polyalign.core.run import RunFolder
 from polyalign.datasets.prompts import load_prompts, places
 from polyalign.modalities.arms import Room, Selected
-from polyalign.modalities.text.config import PromptsConfig, TextRecipe
+from polyalign.modalities.text.config import TINY_BASE, PromptsConfig, TextRecipe
 from polyalign.modalities.token_training import (
     MEASURED,
     TokenModels,
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from polyalign.core.objectives.table import ObjectiveSpec
     from polyalign.modalities.text.adapter import TextAdapter
     from polyalign.modalities.text.settings import TextModelSettings
-
-TINY_BASE = Path(__file__).parent / "tiny_base"
 
 
 def settings_of(recipe: TextRecipe, objective: ObjectiveSpec | None = None) -> TextModelSettings:

@@ -21,6 +21,7 @@ from polyalign.core.likelihood.tokens import TokenSettings
 from polyalign.core.references import adapters_off
 from polyalign.core.scores import Scores
 from polyalign.modalities.content_cache import ContentCache
+from polyalign.modalities.injected_lora import NAME
 from polyalign.modalities.token_rows import (
     RowLength,
     answers_of,
@@ -92,7 +93,7 @@ class VlmAdapter:
         network.train()
         return model
 
-    def load_lora(self, model: Model, folder: Path, *, name: str = lora.NAME) -> Model:
+    def load_lora(self, model: Model, folder: Path, *, name: str = NAME) -> Model:
         """The model with the LoRA of ``folder`` (peft's format) on its network; under another ``name`` it is a second one
         beside the trained one, for a named-adapter reference."""
         lora.load(plain(model.network), Path(folder), name)

@@ -6,6 +6,7 @@ Nothing here imports transformers or loads a model, so that ``explain`` and ``--
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -22,6 +23,8 @@ from polyalign.modalities.token_recipe import TokenRecipe
 from polyalign.modalities.vlm.mia_dpo_config import MultiImageConfig
 from polyalign.modalities.vlm.negative_config import NegativesConfig
 from polyalign.modalities.vlm.re_align_config import ReAlignConfig
+
+TINY_BASE = Path(__file__).parent / "tiny_base"
 
 MADE = ("generate", "multi_image", "re_align")
 """Sources that sample from the base."""

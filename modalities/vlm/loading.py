@@ -10,22 +10,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
-from polyalign.modalities.base_folders import local_folder, refuse_what_is_no_base
+from polyalign.modalities.base_folders import refuse_what_is_no_base
 from polyalign.modalities.transformers_folders import (
     config_without_noise,
-    download,
     first_line,
     model_hash,
+    place_of,
     quiet,
     read_network,
     read_template,
     refuse_larger_tokenizer,
     tokenizer_parts,
 )
+from polyalign.modalities.vlm.config import TINY_BASE
 from polyalign.modalities.vlm.families import family_of, image_token_of, inner
 from polyalign.modalities.vlm.settings import VlmModelSettings
 
-TINY_BASE = Path(__file__).parent / "tiny_base"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 MORE_FILES = (*PROCESSOR_FILES, "video_preprocessor_config.json")
 
@@ -46,7 +46,7 @@ def load(settings: VlmModelSettings) -> Model:
         UserError: nothing there, no processor, weights in pickles or damaged, code of its own, a model without pictures, or 4
         bits without CUDA.
     """
-    folder, name, version = _place(settings)
+    folder, name, version = place_of(settings, TINY_BASE, "polyalign-tiny-vlm")
     refuse_what_is_no_base(folder, opened_by="AutoModelForImageTextToText", beside="AutoProcessor")
     identity = f"{name}@{version or f'sha256:{model_hash(folder, *MORE_FILES)}'}"
     with quiet():
@@ -101,17 +101,6 @@ def parts_of(network: Any, processor: Any, folder: Path) -> dict[str, Any]:
         "positions": getattr(text, "max_position_embeddings", None),
         "rope_index": inner(network).get_rope_index if family.axes > 1 else None,
     }
-
-
-def _place(settings: VlmModelSettings) -> tuple[Path, str, str | None]:
-    """Folder, name and, for a hub repository, the commit."""
-    if settings.base == "tiny":
-        return TINY_BASE, "polyalign-tiny-vlm", None
-    path = local_folder(settings.base)
-    if path is not None:
-        return path, path.resolve().name, None
-    folder = download(settings)
-    return folder, settings.base, folder.name
 
 
 def _processor(folder: Path) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from polyalign.core.errors import UserError
 from polyalign.modalities import injected_lora
-from polyalign.modalities.injected_lora import NAME
 from polyalign.modalities.vlm.families import prefixes
 from polyalign.modalities.vlm.settings import VlmModelSettings
 
@@ -21,26 +19,10 @@ def add(network: Any, settings: VlmModelSettings) -> None:
     Raises:
         UserError: besides that function's, a part has no layer of the target names.
     """
-    injected_lora.add(
-        network,
-        rank=settings.rank,
-        alpha=settings.scale,
-        targets=pattern_of(network, settings),
-        seed=settings.seed,
-        dropout=settings.dropout,
-        task_type="CAUSAL_LM",
-    )
-    injected_lora.refuse_head(network)
+    injected_lora.add_beside_head(network, settings, pattern_of(network, settings))
 
 
-def load(network: Any, folder: Path, name: str = NAME) -> None:
-    """As :func:`polyalign.modalities.injected_lora.load`.
-
-    Raises:
-        UserError: besides that function's, the LoRA is also on the LM head.
-    """
-    injected_lora.load(network, folder, name)
-    injected_lora.refuse_head(network)
+load = injected_lora.load_beside_head
 
 
 def pattern_of(network: Any, settings: VlmModelSettings) -> str:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
 from polyalign.core.adapter import Model
 from polyalign.core.errors import UserError
 from polyalign.datasets.pictures import fingerprint
+from polyalign.modalities import token_rows
 from polyalign.modalities.picture_contents import content_of, decode
 from polyalign.modalities.token_rows import completion_after, ends_after
 from polyalign.modalities.vlm.families import GRID, Family
@@ -200,17 +200,11 @@ def ends_of(model: Model, condition: Any, *, where: str) -> frozenset[int]:
 
 def rendered(model: Model, messages: list[dict[str, Any]], generation: bool, *, where: str) -> str:
     """The chat template's text, a placeholder for each picture."""
-    processor = model.parts["processor"]
-    if processor.chat_template is None:
-        raise UserError(
-            f"{where}: the processor has no chat template, which says where pictures and turns stand. Give one with "
-            "chat_template (a jinja file)."
-        )
-    try:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        roles = [turn["role"] for turn in messages]
-        raise UserError(f"{where}: the chat template refuses a conversation of the roles {roles}: {error}") from error
+    lacking = (
+        "the processor has no chat template, which says where pictures and turns stand. Give one with "
+        "chat_template (a jinja file)."
+    )
+    return token_rows.rendered(model.parts["processor"], messages, generation, lacking=lacking, where=where)
 
 
 def _refuse_written_placeholders(model: Model, text: str, images: int, where: str) -> None:

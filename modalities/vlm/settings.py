@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from polyalign.core.errors import UserError
-from polyalign.core.likelihood.tokens import HEAD_CHUNK
-from polyalign.modalities.token_settings import refuse_wrong
+from polyalign.modalities.token_settings import TokenModelSettings
 
 Part = Literal["language", "projector", "vision"]
 PARTS: tuple[Part, ...] = ("language", "projector", "vision")
@@ -36,7 +33,7 @@ def losing_in(branch: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class VlmModelSettings:
+class VlmModelSettings(TokenModelSettings):
     """Settings of a vision-language model.
 
     Which model:
@@ -71,56 +68,16 @@ class VlmModelSettings:
         sample_batch: answers at once.
     """
 
-    base: str = "tiny"
-    revision: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    device: str = "auto"
-    attention: str = "sdpa"
-    chat_template: Path | str | None = None
-
-    train: Literal["lora", "full", "qlora"] = "lora"
     parts: tuple[Part, ...] = ("language",)
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
-    gradient_checkpointing: bool = False
-
     branches: tuple[str, ...] = ("chosen", "response")
-    append_eos: bool = True
-    max_prompt_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_length: int | None = None
     picture_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_bytes: int = 2**28
-
-    prefix_sharing: Literal["auto", "on", "off"] = "auto"
-    head_chunk: int = HEAD_CHUNK
-    dense: frozenset[str] = frozenset()
     cache_folder: Path | None = None
     cache_bytes: int = 2 * 2**30
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    sample_batch: int = 16
-
-    seed: int = 0
-
     def __post_init__(self) -> None:
-        refuse_wrong(self)
+        super().__post_init__()
         if not self.parts or set(self.parts) - set(PARTS):
             raise UserError(f"parts is {list(self.parts)}; allowed: one or more of {', '.join(PARTS)}")
         if len(set(map(losing_in, self.branches))) != len(self.branches) or not self.branches:
             raise UserError(f"branches is {list(self.branches)}; allowed: one or more, each once")
-
-    @property
-    def weights_dtype(self) -> torch.dtype:
-        """Of the network's weights as they are loaded: full training keeps float32 masters."""
-        return torch.float32 if self.train == "full" else getattr(torch, self.dtype)
-
-    @property
-    def scale(self) -> float:
-        """LoRA's alpha."""
-        return float(self.rank if self.alpha is None else self.alpha)

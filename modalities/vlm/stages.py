@@ -20,8 +20,9 @@ from polyalign.modalities.arms import train_arms
 from polyalign.modalities.fingerprints import fingerprint
 from polyalign.modalities.loops import specs_of
 from polyalign.modalities.token_refusals import CAPABILITIES, base_of, refuse_base, refuse_beta, refuse_start
-from polyalign.modalities.vlm.config import VlmRecipe
-from polyalign.modalities.vlm.training import BRANCHES, ROOM, TINY_BASE, branches_of, open_model, open_trained
+from polyalign.modalities.token_training import for_evaluation
+from polyalign.modalities.vlm.config import TINY_BASE, VlmRecipe
+from polyalign.modalities.vlm.training import BRANCHES, ROOM, branches_of, open_model, open_trained
 
 __all__ = ["SCHEMA", "STAGES", "evaluate", "export", "generate", "open_model", "open_trained", "report", "train"]
 
@@ -172,19 +173,11 @@ def evaluate(recipe: VlmRecipe, run: RunFolder) -> None:
     verbs.evaluate(ROOM, recipe, run, partial(sampled, recipe, run), finish=partial(write_beside, recipe, run))
 
 
-def _for_evaluation(recipe: VlmRecipe) -> VlmRecipe:
-    """The recipe with the sampler of the evaluation."""
-    if recipe.evaluate.temperature is None:
-        return recipe
-    sampler = recipe.sampler.model_copy(update={"temperature": recipe.evaluate.temperature})
-    return recipe.model_copy(update={"sampler": sampler})
-
-
 def sampled(
     recipe: VlmRecipe, run: RunFolder, name: str, trained: Path | None, conditions: Sequence[Condition], seeds: Sequence[int]
 ) -> tuple[list[str], None]:
     """Answers of one model, written to ``samples/NAME`` batch by batch; those already there are read again, not made again."""
-    adapter, model = open_trained(_for_evaluation(recipe), trained)
+    adapter, model = open_trained(for_evaluation(recipe), trained)
     return verbs.sampled_texts(adapter, model, run, name, conditions, seeds, batch_size=recipe.sampler.batch_size), None
 
 
@@ -243,7 +236,7 @@ def write_attention(
     reasons: dict[str, None] = {}
     with ProgressLine("where the models look", total=2 * len(shown)) as line:
         for name, trained in (("base", None), ("aligned", run / "adapter")):
-            adapter, model = open_trained(_for_evaluation(recipe), trained)
+            adapter, model = open_trained(for_evaluation(recipe), trained)
             for index in list(found):
                 try:
                     maps = attention_maps(adapter, model, conditions[index], outputs[name][index], layer)

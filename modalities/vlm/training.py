@@ -11,14 +11,13 @@ from polyalign.core.errors import UserError
 from polyalign.core.run import RunFolder
 from polyalign.modalities.arms import Room
 from polyalign.modalities.token_training import TokenModels, askable, pairs_that_fit, shared_settings, tell_beta, trainable
-from polyalign.modalities.vlm.config import PromptsConfig, VlmRecipe
+from polyalign.modalities.vlm.config import TINY_BASE, PromptsConfig, VlmRecipe
 
 if TYPE_CHECKING:
     from polyalign.core.objectives.table import ObjectiveSpec
     from polyalign.modalities.vlm.adapter import VlmAdapter
     from polyalign.modalities.vlm.settings import VlmModelSettings
 
-TINY_BASE = Path(__file__).parent / "tiny_base"
 
 BRANCHES = {
     "visual triples": ("chosen", "response", "image"),
